@@ -1,0 +1,12 @@
+"""The union of attention backends: the registry."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vit_efficient.attention.flash2 import Flash2Config
+from vit_efficient.attention.sdpa import SdpaConfig
+
+AttentionConfig = Annotated[SdpaConfig | Flash2Config, Field(discriminator="name")]

@@ -1,0 +1,253 @@
+"""Attention modules that take over the parts of timm's, under the same names, and attend through a backend.
+
+Every projection runs as its submodule (`self.qkv(x)`), never through its bare weight, so that a quantized layer or an
+adapter in its place takes effect.
+
+Shapes: B batch, N tokens, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from torch import Tensor, nn
+
+from vit_efficient.attention.base import AttentionBackend
+
+
+class BackendAttention(nn.Module):
+    """Parameters, buffers and submodules of `original`, in the same order; attention itself by `backend`.
+
+    Args:
+        original: a timm attention module; it must not be used afterwards.
+        backend: computes the attention.
+    """
+
+    num_heads: int
+    scale: float
+
+    def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.backend = backend
+        self.replaces = type(original).__name__
+        for name, parameter in original._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in original._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
+        for name, module in original._modules.items():
+            self.add_module(name, module)
+        self.num_heads = setting(original, "num_heads")
+        self.scale = setting(original, "scale")
+        self.train(original.training)
+
+    def without(self, *names: str) -> None:
+        """Parts that `original` may lack become None."""
+        for name in names:
+            if not hasattr(self, name):
+                setattr(self, name, None)
+
+    @property
+    def head_width(self) -> int:
+        """E of the queries."""
+        return round(self.scale**-2)
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether the backend must be able to add a bias to the logits."""
+        return False
+
+    def extra_repr(self) -> str:
+        return f"{self.replaces}, heads={self.num_heads}, backend={self.backend.name}"
+
+
+class SelfAttention(BackendAttention):
+    """timm's `Attention`, `AttentionRope` and `EvaAttention`: fused or split projections, optional query and key
+    norms, rotary positions, grouped keys and values, inner norm and output gate."""
+
+    qkv: nn.Module | None  # fused; or else the three that follow
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    q_bias: Tensor | None  # with k_bias (a buffer of zeros) and v_bias, where the fused projection has none
+    k_bias: Tensor
+    v_bias: Tensor
+    q_norm: nn.Module | None
+    k_norm: nn.Module
+    norm: nn.Module | None
+    gate: nn.Module | None
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
+        super().__init__(original, backend)
+        self.num_kv_heads: int = getattr(original, "num_kv_heads", self.num_heads)
+        self.num_prefix_tokens: int = getattr(original, "num_prefix_tokens", 0)
+        self.rotate_half: bool = getattr(original, "rotate_half", False)
+        self.without("qkv", "q_bias", "q_norm", "norm", "gate")
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        *,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        bias, mask = bias_or_mask(x_BND, attn_mask, is_causal)
+        return self.compute(x_BND, rope=rope, bias=bias, mask=mask)
+
+    def compute(
+        self, x_BND: Tensor, *, rope: Tensor | None = None, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The whole layer, from the block's normed input (B, N, D) to its output (B, N, D)."""
+        q_BHNE, k_BHNE, v_BHNE = self.project(x_BND)
+        if self.q_norm is not None:
+            q_BHNE, k_BHNE = self.q_norm(q_BHNE), self.k_norm(k_BHNE)
+        if rope is not None:
+            q_BHNE, k_BHNE = self.rotate(q_BHNE, rope), self.rotate(k_BHNE, rope)
+        # Norms and rotations may have gone up to float32 under autocast; a backend wants one dtype.
+        q_BHNE, k_BHNE = q_BHNE.type_as(v_BHNE), k_BHNE.type_as(v_BHNE)
+        if self.num_kv_heads != self.num_heads:
+            groups = self.num_heads // self.num_kv_heads
+            k_BHNE = k_BHNE.repeat_interleave(groups, dim=1)
+            v_BHNE = v_BHNE.repeat_interleave(groups, dim=1)
+        dropout = self.attn_drop.p if self.training else 0.0
+        y_BHNE = self.backend.attend(q_BHNE, k_BHNE, v_BHNE, bias=bias, mask=mask, scale=self.scale, dropout=dropout)
+        y_BND = y_BHNE.transpose(1, 2).flatten(2)
+        if self.norm is not None:
+            y_BND = self.norm(y_BND)
+        if self.gate is not None:
+            y_BND = y_BND * self.gate(x_BND).sigmoid()
+        return self.proj_drop(self.proj(y_BND))
+
+    def project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, N, E)."""
+        if self.qkv is None:
+            q_BHNE = self.q_proj(x_BND).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            k_BHNE = self.k_proj(x_BND).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+            v_BHNE = self.v_proj(x_BND).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+            return q_BHNE, k_BHNE, v_BHNE
+        qkv = self.qkv(x_BND)
+        if self.q_bias is not None:  # EVA and BEiT hold the biases apart, because keys have none
+            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
+        q_BHNE, k_BHNE, v_BHNE = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q_BHNE, k_BHNE, v_BHNE
+
+    def rotate(self, x_BHNE: Tensor, rope: Tensor) -> Tensor:
+        """Rotary position embedding on the patch tokens; class and register tokens have no position."""
+        prefix, patches = x_BHNE[:, :, : self.num_prefix_tokens], x_BHNE[:, :, self.num_prefix_tokens :]
+        return torch.cat((prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)), dim=2)
+
+
+class BeitAttention(SelfAttention):
+    """timm's `beit.Attention`: a learned bias for every relative position, of its own or shared by all blocks."""
+
+    relative_position_bias_table: nn.Parameter | None
+    relative_position_index: Tensor
+
+    def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
+        super().__init__(original, backend)
+        self.without("relative_position_bias_table")
+
+    @property
+    def needs_bias(self) -> bool:
+        return self.relative_position_bias_table is not None
+
+    def forward(self, x_BND: Tensor, *, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        bias = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own_HNN = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+            bias = own_HNN.unsqueeze(0) if bias is None else own_HNN.unsqueeze(0) + bias
+        return self.compute(x_BND, bias=bias)
+
+
+class RelPosAttention(SelfAttention):
+    """timm's `RelPosAttention`: a relative position bias from a table or a small network, its own or shared."""
+
+    rel_pos: Any
+
+    def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
+        super().__init__(original, backend)
+        self.without("rel_pos")
+
+    @property
+    def needs_bias(self) -> bool:
+        return True
+
+    def forward(self, x_BND: Tensor, *, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.compute(x_BND, bias=shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
+
+
+class DiffAttention(BackendAttention):
+    """timm's `DiffAttention` (Differential Transformer, arXiv:2410.05258, equation 1): the difference of two softmax
+    maps over the same values, which are twice as wide as the queries."""
+
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    sub_norm: nn.Module
+    norm: nn.Module
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
+    lambda_a: Tensor  # either these two
+    lambda_b: Tensor
+    lambda_q1: Tensor  # or these four
+    lambda_k1: Tensor
+    lambda_q2: Tensor
+    lambda_k2: Tensor
+
+    def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
+        super().__init__(original, backend)
+        self.lambda_init: float = setting(original, "lambda_init")
+        self.dual_lambda: bool = setting(original, "dual_lambda")
+
+    def forward(self, x_BND: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        bias, mask = bias_or_mask(x_BND, attn_mask, is_causal)
+        q, k, v = self.qkv(x_BND).chunk(3, dim=-1)
+        q = self.q_norm(q.unflatten(-1, (self.num_heads, 2, -1)))  # B N H 2 E
+        k = self.k_norm(k.unflatten(-1, (self.num_heads, 2, -1)))
+        v_BHNE = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        dropout = self.attn_drop.p if self.training else 0.0
+        first, second = (
+            self.backend.attend(
+                q[:, :, :, half].transpose(1, 2).type_as(v),
+                k[:, :, :, half].transpose(1, 2).type_as(v),
+                v_BHNE,
+                bias=bias,
+                mask=mask,
+                scale=self.scale,
+                dropout=dropout,
+            )
+            for half in (0, 1)
+        )
+        y_BHNE = self.sub_norm(first - self.mixing().type_as(first) * second) * (1 - self.lambda_init)
+        return self.proj_drop(self.proj(self.norm(y_BHNE.transpose(1, 2).flatten(2))))
+
+    def mixing(self) -> Tensor:
+        """The weight λ of the second map, a scalar."""
+        if self.dual_lambda:
+            return self.lambda_a.exp() - self.lambda_b.exp() + self.lambda_init
+        first = (self.lambda_q1 * self.lambda_k1).sum().float().exp()
+        second = (self.lambda_q2 * self.lambda_k2).sum().float().exp()
+        return first - second + self.lambda_init
+
+
+def bias_or_mask(
+    x_BND: Tensor, attn_mask: Tensor | None, is_causal: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """timm's one mask argument, boolean or additive, as (bias, mask). `is_causal` takes its place, as in PyTorch."""
+    if is_causal:
+        tokens = x_BND.shape[1]
+        attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x_BND.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        return None, attn_mask
+    return attn_mask, None
+
+
+def setting(original: nn.Module, name: str) -> Any:
+    """A plain attribute of a timm module, whose type mypy takes for a tensor or a module."""
+    return getattr(original, name)

@@ -1,0 +1,120 @@
+"""PyTorch's scaled_dot_product_attention, with its kernel chosen by PyTorch or forced."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextlib import suppress
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vit_efficient.attention.base import AttentionBackend, AttentionBackendConfig, Device, describe, oldest
+from vit_efficient.errors import CapabilityError
+from vit_efficient.machine import Machine
+
+Kernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
+
+KERNELS: dict[str, SDPBackend] = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+NO_KERNEL = ("No available kernel", "No viable backend")
+REMEDY = "Take `attention.kernel=auto` (PyTorch chooses) or `math` (runs everywhere)."
+
+
+class SdpaConfig(AttentionBackendConfig):
+    """PyTorch's `scaled_dot_product_attention`."""
+
+    name: Literal["sdpa"] = "sdpa"
+    kernel: Kernel = Field("auto", description="Which of PyTorch's kernels must do it; `auto` lets PyTorch choose.")
+
+    def build(self) -> AttentionBackend:
+        return SdpaBackend(self.kernel)
+
+    def refusal(
+        self, machine: Machine, precision: str, head_width: int | None = None, device: Device = "cuda"
+    ) -> str | None:
+        if self.kernel in ("auto", "math"):
+            return None
+        reason = self._reason(machine, precision, head_width, device)
+        return None if reason is None else f"`attention.kernel={self.kernel}` cannot run: {reason}. {REMEDY}"
+
+    def _reason(self, machine: Machine, precision: str, head_width: int | None, device: Device) -> str | None:
+        if device == "cpu":
+            return None if self.kernel == "flash" else f"PyTorch has the {self.kernel} kernel for NVIDIA GPUs only"
+        gpu = oldest(machine)
+        if gpu is None:
+            return "there is no GPU that torch can use"
+        if self.kernel == "efficient":
+            return None
+        if gpu.capability < (8, 0):
+            return f"it needs a GPU of sm_80 or newer, and this is a {describe(gpu)}"
+        if precision == "fp32":
+            return "it computes in bf16 or fp16, and `quantization.precision` is fp32"
+        if head_width is not None and head_width > 256:
+            return f"its heads may be 256 wide at most, and these are {head_width}"
+        return None
+
+
+class SdpaBackend(AttentionBackend):
+    """`F.scaled_dot_product_attention`; a forced kernel either does it or raises CapabilityError."""
+
+    name: ClassVar[str] = "sdpa"
+    takes_bias: ClassVar[bool] = True
+
+    def __init__(self, kernel: Kernel = "auto") -> None:
+        self.kernel = kernel
+
+    def attend(
+        self,
+        q_BHNE: Tensor,
+        k_BHNE: Tensor,
+        v_BHNE: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        attn_mask = merge(bias, mask, q_BHNE.dtype)
+        if self.kernel == "auto":
+            return F.scaled_dot_product_attention(
+                q_BHNE, k_BHNE, v_BHNE, attn_mask=attn_mask, dropout_p=dropout, scale=scale
+            )
+        try:
+            with sdpa_kernel(KERNELS[self.kernel]):
+                return F.scaled_dot_product_attention(
+                    q_BHNE, k_BHNE, v_BHNE, attn_mask=attn_mask, dropout_p=dropout, scale=scale
+                )
+        except RuntimeError as error:
+            if not str(error).startswith(NO_KERNEL):
+                raise
+            reason = self._why_not(q_BHNE, k_BHNE, v_BHNE, attn_mask, dropout)
+            raise CapabilityError(f"`attention.kernel={self.kernel}` cannot run: {reason}. {REMEDY}") from error
+
+    def _why_not(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout: float) -> str:
+        """PyTorch's own reasons, which it gives as warnings when it is made to refuse."""
+        with warnings.catch_warnings(record=True) as caught, sdpa_kernel(KERNELS[self.kernel]):
+            warnings.simplefilter("always")
+            with suppress(RuntimeError):  # the same refusal again, now with its reasons in `caught`
+                F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        said = [re.sub(r"\s*\(Triggered internally.*", "", str(w.message), flags=re.DOTALL).strip() for w in caught]
+        # Each kernel's reasons follow a headline of its own; the other kernels were only switched off.
+        reasons = [s for s in said if not s.endswith("not used because:") and "been runtime disabled" not in s]
+        asked = f"{q.dtype} on {q.device.type}, shape {tuple(q.shape)}".replace("torch.", "")
+        return f"{' '.join(dict.fromkeys(reasons)) or 'PyTorch has no such kernel for these tensors'} ({asked})"
+
+
+def merge(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """One tensor that holds an additive bias and a boolean mask, as `scaled_dot_product_attention` wants it."""
+    if bias is None:
+        return mask
+    bias = bias.to(dtype)
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))

@@ -1,0 +1,55 @@
+"""One owner of the signals that ask a run to stop.
+
+A handler only sets a flag. The training loop reads it at the end of an optimizer step, when every rank has finished
+the same step, saves, and leaves. (Saving inside a handler can interrupt a half-written checkpoint or hang a
+collective: pytorch-lightning issue 21406.)
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGUSR1 into a flag; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over. Call it after Lightning has set its own handlers, so that there is one owner."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        if number == signal.SIGINT:
+            # A direct write: printing through a live progress display inside a handler can dead-lock it.
+            import os
+
+            os.write(2, b"\nStopping after this step, to save it. Ctrl-C again stops at once, without saving.\n")
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; every rank gets the same answer, so all stop after the same step."""
+        asked = self.received is not None
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return asked
+        flag = torch.tensor([int(asked)], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,0 +1,73 @@
+"""Writing files so that a reader sees all of one or nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vit_efficient.errors import DataError
+
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` when the block ends well, already on the disk; never a half of it."""
+    partial = path.with_name(f".{path.name}{_SUFFIX}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file through `atomic_writer`."""
+    with atomic_writer(path) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed writer left behind in `folder`."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        path.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, or say why not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be made: {error.strerror}. Choose another folder.") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; the lock goes with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"Another process is writing to {folder}; wait for it, or choose another folder.") from None
+        yield
+    finally:
+        os.close(descriptor)

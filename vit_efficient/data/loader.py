@@ -1,0 +1,142 @@
+"""Loaders over a stream: worker processes, waiting time, errors, and where training stands."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch.utils.data import DataLoader
+
+from vit_efficient.data.stream import Batch, Failure, SampleStream, init_worker
+from vit_efficient.errors import DataError
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Cursor:
+    """The optimizer step to come: number `step` of epoch `epoch`. What was consumed, not what was prefetched."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a loader runs: processes (0: none, in the caller's), and whether batches are pinned for a GPU."""
+
+    number: int = 0
+    pin_memory: bool = False
+
+
+class _Loader:
+    """What both loaders share; counts skipped samples and seconds spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self.wait_seconds = 0.0
+        self.skipped = 0
+
+    def _next(self, source: Iterator[Batch | Failure]) -> Batch:
+        began = time.perf_counter()
+        item = next(source)
+        self.wait_seconds += time.perf_counter() - began
+        if isinstance(item, Failure):
+            raise DataError(item.message)
+        for text in item.pop("skipped"):
+            self.skipped += 1
+            log.warning("left out: %s", text)
+        return item
+
+
+class TrainLoader(_Loader):
+    """One epoch, or what is left of it, at each iteration; where it begins is the cursor's to say.
+
+    The worker processes live on from epoch to epoch, as long as the cursor goes where they went: they read ahead into
+    the next epoch while the last one is evaluated.
+
+    Args:
+        open_stream: makes the endless stream that begins at a global step.
+        cursor: read at the start of every iteration.
+        steps_per_epoch: optimizer steps.
+        accumulate: micro-batches a step.
+        workers: processes and pinning.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[int], SampleStream],
+        cursor: Cursor,
+        steps_per_epoch: int,
+        accumulate: int,
+        workers: Workers,
+    ) -> None:
+        super().__init__()
+        self.open_stream, self.cursor, self.workers = open_stream, cursor, workers
+        self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
+        self._source: Iterator[Batch | Failure] | None = None
+        self._given = 0  # micro-batches of the whole run up to where `_source` stands
+
+    def __len__(self) -> int:
+        """Micro-batches of a full epoch."""
+        return self.steps_per_epoch * self.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.cursor.epoch * self.steps_per_epoch + self.cursor.step
+        if self._source is None or self._given != step * self.accumulate:
+            self.close()
+            self._source = iter(_torch_loader(self.open_stream(step), self.workers, persistent=False))
+            self._given = step * self.accumulate
+        source = self._source
+        for _ in range((self.steps_per_epoch - self.cursor.step) * self.accumulate):
+            batch = self._next(source)
+            self._given += 1
+            yield batch
+
+    def close(self) -> None:
+        """End the worker processes; the next iteration starts new ones."""
+        self._source = None  # the iterator's own finaliser ends its workers
+
+
+class EvalLoader(_Loader):
+    """Every sample exactly once over all ranks, equally many batches on each.
+
+    Args:
+        stream: with a `stop`.
+        batches: how many this rank gets.
+        workers: processes and pinning.
+    """
+
+    def __init__(self, stream: SampleStream, batches: int, workers: Workers) -> None:
+        super().__init__()
+        workers = Workers(min(workers.number, batches), workers.pin_memory)
+        self._loader = _torch_loader(stream, workers, persistent=True)
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        source = iter(self._loader)
+        for _ in range(self._batches):
+            yield self._next(source)
+
+
+def _torch_loader(stream: SampleStream, workers: Workers, *, persistent: bool) -> DataLoader[Batch | Failure]:
+    return DataLoader(
+        stream,
+        batch_size=None,  # the stream makes the batches
+        num_workers=workers.number,
+        collate_fn=_as_is,
+        pin_memory=workers.pin_memory,
+        worker_init_fn=init_worker,
+        persistent_workers=persistent and workers.number > 0,
+    )
+
+
+def _as_is(item: _T) -> _T:
+    return item

@@ -1,0 +1,104 @@
+"""`manifest.json`: what a folder of shards holds. Written last, so its presence says that the folder is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
+
+from vit_efficient.config import Config
+from vit_efficient.data.files import write_atomically
+from vit_efficient.errors import DataError
+
+NAME = "manifest.json"
+VERSION = 1  # of the layout; a reader refuses newer ones
+
+
+class ShardEntry(Config):
+    """One shard; `bytes` and `sha256` are those of the file."""
+
+    file: str
+    samples: PositiveInt
+    bytes: PositiveInt
+    sha256: str
+
+
+class LeftOut(Config):
+    """An image of the source that is in no shard."""
+
+    name: str
+    reason: str
+
+
+class Manifest(Config):
+    """What a folder of shards holds.
+
+    Args:
+        source: `digits`, `cifar10`, ...; `index` for shards that others wrote.
+        options: whatever else decided the shards' bytes (seed, validation share, digest of the input ...).
+        split: `train` or `val`.
+        class_names: by label.
+        class_counts: samples of each label.
+        left_out: images that could not be read.
+    """
+
+    version: Literal[1] = 1
+    source: str
+    options: dict[str, Any]
+    split: str
+    class_names: tuple[str, ...]
+    class_counts: tuple[NonNegativeInt, ...]
+    shards: tuple[ShardEntry, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that the order and the meaning of samples depend on: contents, not file names."""
+        identity = [self.class_names, [(shard.sha256, shard.samples) for shard in self.shards]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`, atomically."""
+        write_atomically(folder / NAME, (self.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `folder/manifest.json`.
+
+    Raises:
+        DataError: it is absent, damaged, written by a newer version, or names no samples.
+    """
+    path = folder / NAME
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} has no {NAME}. For shards that others wrote, make it with\n"
+            f"    python -m vit_efficient.prepare index '{folder}/NAME-{{000000..000099}}.tar'"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Prepare these shards again.") from error
+    if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > VERSION:
+        raise DataError(
+            f"{path} has version {raw['version']}, written by a newer vit_efficient; this one reads up to "
+            f"{VERSION}. Upgrade, or prepare the shards again."
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path} is not a manifest: {where}: {first['msg']}. Prepare these shards again.") from error
+    if len(manifest.class_counts) != len(manifest.class_names):
+        raise DataError(f"{path} is not a manifest: class_names and class_counts differ in length.")
+    if not manifest.shards:
+        raise DataError(f"{path} names no shards: there is nothing to read in {folder}.")
+    return manifest

@@ -1,0 +1,212 @@
+"""Webdataset shards and the offset index beside each of them.
+
+A shard is a plain tar; `NAME.idx.npy` lists the byte span and the checksum of every sample, so that a reader can go to
+any of them. Both are a function of the samples alone: same samples, same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset import TarWriter
+from webdataset.tariterators import base_plus_ext
+
+from vit_efficient.data.files import atomic_writer
+from vit_efficient.data.manifest import ShardEntry
+from vit_efficient.data.samples import IMAGE_EXTENSIONS, BadSample, parse_label
+from vit_efficient.errors import DataError
+
+# offset and length in bytes of one sample's span (its tar headers included), that span's CRC-32, and the label
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("crc32", "<u4"), ("label", "<u4")])
+
+_BLOCK = 1 << 20
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard lies."""
+    return shard.with_name(f"{shard.stem}.idx.npy")
+
+
+def read_index(shard: Path, samples: int) -> NDArray[np.void]:
+    """Map the offset index of a shard into memory; an array of `INDEX_DTYPE`.
+
+    Raises:
+        DataError: it is absent, damaged, or not of `samples` entries.
+    """
+    path = index_path(shard)
+    again = f"Make it with `python -m vit_efficient.prepare index {shard}`."
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise DataError(f"The offset index {path} {reason}. {again}") from error
+    if index.dtype != INDEX_DTYPE or index.shape != (samples,):
+        raise DataError(
+            f"The offset index {path} does not belong to its shard: {index.shape[0] if index.ndim else 0} "
+            f"entries, {samples} samples. {again}"
+        )
+    return index
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What reading a shard once from front to back shows.
+
+    Args:
+        entry: its line of the manifest.
+        index: array of `INDEX_DTYPE`, one entry a sample.
+    """
+
+    entry: ShardEntry
+    index: NDArray[np.void]
+
+
+def scan_shard(path: Path) -> Scan:
+    """Index a shard, whoever wrote it; memory stays flat but for the index.
+
+    Raises:
+        DataError: not a plain tar, truncated, empty, or a sample without image or label.
+    """
+    starts: list[int] = []
+    labels: list[int] = []
+    key: str | None = None
+    end = 0
+    try:
+        with tarfile.open(path, mode="r:") as archive:
+            for group_key, start, stop, label in _samples(archive, path.name):
+                if start != end and key is not None:
+                    raise DataError(f"{path}: the members of sample {key} are not next to each other")
+                key, end = group_key, stop
+                starts.append(start)
+                labels.append(label)
+    except FileNotFoundError:
+        raise DataError(f"The shard {path} is not there.") from None
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{path} is not a whole, uncompressed tar: {error}") from error
+    if not starts:
+        raise DataError(f"The shard {path} holds no samples.")
+    if end > path.stat().st_size:
+        raise DataError(f"{path} is truncated: its last sample, {key}, should end at byte {end:,}.")
+
+    index = np.zeros(len(starts), INDEX_DTYPE)
+    index["offset"] = starts
+    index["length"] = np.diff([*starts, end])
+    index["label"] = labels
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(starts[0]))
+        for row in index:
+            span = file.read(int(row["length"]))
+            row["crc32"] = zlib.crc32(span)
+            digest.update(span)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    entry = ShardEntry(file=path.name, samples=len(starts), bytes=path.stat().st_size, sha256=digest.hexdigest())
+    return Scan(entry, index)
+
+
+def _samples(archive: tarfile.TarFile, name: str) -> Iterator[tuple[str, int, int, int]]:
+    """(key, first byte, byte past the end, label) of each sample."""
+    key: str | None = None
+    start = end = 0
+    extensions: set[str] = set()
+    label: bytes | None = None
+
+    def finished() -> tuple[str, int, int, int]:
+        where = f"{name}, sample {key}"
+        if not extensions.intersection(IMAGE_EXTENSIONS):
+            raise BadSample(f"{where}: no image; looked for {', '.join(IMAGE_EXTENSIONS)}")
+        number = parse_label(label, where)
+        if number < 0:
+            raise BadSample(f"{where}: label {number} is below 0")
+        return str(key), start, end, number
+
+    for member in archive:
+        prefix, suffix = base_plus_ext(member.name)
+        if not member.isreg() or prefix is None:
+            continue
+        if prefix != key:
+            if key is not None:
+                yield finished()
+            key, start, extensions, label = prefix, member.offset, set(), None
+        extensions.add(suffix.lower())
+        if suffix.lower() == "cls":
+            reader = archive.extractfile(member)
+            label = reader.read() if reader is not None else None
+        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+    if key is not None:
+        yield finished()
+
+
+def write_index(shard: Path, scan: Scan) -> None:
+    """Write the offset index of a shard, atomically."""
+    with atomic_writer(index_path(shard)) as file:
+        np.save(file, scan.index, allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class ShardSize:
+    """Where one shard ends and the next begins: whichever limit comes first."""
+
+    samples: int | None = None
+    bytes: int | None = None
+
+    def reached(self, samples: int, size: int) -> bool:
+        """Whether a shard of this much is full."""
+        return (self.samples is not None and samples >= self.samples) or (self.bytes is not None and size >= self.bytes)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample on its way into a shard; `extension` without the dot, `key` without dots."""
+
+    key: str
+    image: bytes
+    extension: str
+    label: int
+
+
+def write_shards(samples: Iterable[Encoded], folder: Path, prefix: str, size: ShardSize) -> Iterator[Scan]:
+    """Write `prefix-000000.tar` and on, each with its index; yields each shard when it is whole on the disk."""
+    feed = iter(samples)
+    pending = next(feed, None)
+    number = 0
+    while pending is not None:
+        path = folder / f"{prefix}-{number:06d}.tar"
+        with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+            written = 0
+            while pending is not None and not (written and size.reached(written, tar.tarstream.offset)):
+                label = str(pending.label).encode()
+                tar.write({"__key__": pending.key, pending.extension: pending.image, "cls": label})
+                written += 1
+                pending = next(feed, None)
+        scan = scan_shard(path)
+        write_index(path, scan)
+        yield scan
+        number += 1
+
+
+def count_classes(labels: NDArray[np.integer], classes: int = 0) -> NDArray[np.int64]:
+    """How often each label occurs; `classes` long at least."""
+    return np.bincount(labels.astype(np.int64), minlength=classes)
+
+
+def read_span(descriptor: int, offset: int, length: int) -> bytes:
+    """Read exactly so many bytes; fewer only at the end of the file."""
+    parts = io.BytesIO()
+    while parts.tell() < length:
+        part = os.pread(descriptor, length - parts.tell(), offset + parts.tell())
+        if not part:
+            break
+        parts.write(part)
+    return parts.getvalue()

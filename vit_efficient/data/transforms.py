@@ -1,0 +1,151 @@
+"""From an encoded image to uint8 pixels of the model's size; everything random is keyed by one integer a sample.
+
+Transforms take the encoded bytes, not pixels, so that a decoder may leave out what the crop does not need.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from vit_efficient.data.config import AugmentConfig
+from vit_efficient.data.decode import decode
+from vit_efficient.data.image import ImageSpec
+from vit_efficient.errors import DataError
+
+Box = tuple[int, int, int, int]  # x0, y0, width, height
+
+_TRIES = 10
+_ERASE_AREA, _ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of Zhong et al. 2017, "Random erasing"; as in timm
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """uint8 image of shape (size, size, 3), and the box to erase (empty: width 0)."""
+
+    image: NDArray[np.uint8]
+    erase: Box = (0, 0, 0, 0)
+
+
+class Transform(Protocol):
+    """Encoded image and random key in, pixels out."""
+
+    size: int
+    erases: bool
+
+    def __call__(self, data: bytes, key: int) -> Pixels: ...
+
+
+class EvalTransform:
+    """Resize the shorter side, crop the centre; pixel for pixel what timm's evaluation does.
+
+    Args:
+        image: what the model expects.
+        resize: shorter side in pixels; None: `floor(size / crop_pct)`.
+    """
+
+    erases = False
+
+    def __init__(self, image: ImageSpec, resize: int | None = None) -> None:
+        self.size = image.size
+        self.resize = math.floor(image.size / image.crop_pct) if resize is None else resize
+        self.interpolation = interpolation(image.interpolation)
+        if self.resize < self.size:
+            raise DataError(
+                f"data.eval_resize={self.resize} is smaller than the model's image size, {self.size}: "
+                "the crop would have black borders."
+            )
+
+    def __call__(self, data: bytes, key: int = 0) -> Pixels:
+        resized = functional.resize(decode(data), [self.resize], self.interpolation, antialias=True)
+        return Pixels(np.asarray(functional.center_crop(resized, [self.size, self.size])))
+
+
+class TrainTransform:
+    """Random resized crop, horizontal flip, RandAugment, and a box to erase.
+
+    The draws come from torch's global CPU generator, seeded with the sample's key and put back afterwards.
+    """
+
+    def __init__(self, image: ImageSpec, augment: AugmentConfig) -> None:
+        self.size = image.size
+        self.augment = augment
+        self.erases = augment.erasing > 0
+        self.resample = Image.Resampling[interpolation(image.interpolation).name]
+        self.rand_augment: v2.RandAugment | None = None
+        if augment.rand_augment:
+            self.rand_augment = v2.RandAugment(
+                augment.rand_augment,
+                augment.magnitude,
+                num_magnitude_bins=31,
+                interpolation=InterpolationMode.BILINEAR,
+                fill=[round(255 * value) for value in image.mean],
+            )
+
+    def __call__(self, data: bytes, key: int) -> Pixels:
+        image = decode(data)
+        with torch.random.fork_rng(devices=[]):
+            # not torch.manual_seed: that would seed, or queue a seeding of, every GPU too
+            torch.default_generator.manual_seed(key)
+            flip, erase = torch.rand(2).tolist()
+            x, y, width, height = draw_crop(*image.size, self.augment.crop_scale, self.augment.crop_ratio)
+            image = image.crop((x, y, x + width, y + height)).resize((self.size, self.size), self.resample)
+            if flip < self.augment.flip:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if self.rand_augment is not None:
+                image = self.rand_augment(image)
+            box = draw_erase(self.size) if erase < self.augment.erasing else (0, 0, 0, 0)
+        return Pixels(np.asarray(image), box)
+
+
+def interpolation(name: str) -> InterpolationMode:
+    """torchvision's name for `bicubic`, `bilinear`, ...
+
+    Raises:
+        DataError: there is no such interpolation.
+    """
+    known = {mode.value: mode for mode in InterpolationMode}
+    if name not in known:
+        raise DataError(f"The model asks for interpolation {name!r}; known are {', '.join(known)}.")
+    return known[name]
+
+
+def draw_crop(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Area of a random resized crop (Szegedy et al. 2014), drawn from torch's global generator.
+
+    Ten tries at an area and an aspect ratio; if none fits, the largest centred crop whose ratio is allowed.
+    """
+    for share, slant, down, right in torch.rand(_TRIES, 4).tolist():
+        area = width * height * _between(scale, share)
+        aspect = math.exp(_between((math.log(ratio[0]), math.log(ratio[1])), slant))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            x, y = int(right * (width - crop_width + 1)), int(down * (height - crop_height + 1))
+            return x, y, crop_width, crop_height
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    crop_width = min(width, max(1, round(height * aspect)))
+    crop_height = min(height, max(1, round(width / aspect)))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def draw_erase(size: int) -> Box:
+    """A box to erase in a square image, drawn from torch's global generator; empty if ten tries do not fit."""
+    for share, slant, down, right in torch.rand(_TRIES, 4).tolist():
+        area = size * size * _between(_ERASE_AREA, share)
+        aspect = math.exp(_between((math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])), slant))
+        width, height = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < width < size and 0 < height < size:
+            return int(right * (size - width + 1)), int(down * (size - height + 1)), width, height
+    return 0, 0, 0, 0
+
+
+def _between(bounds: tuple[float, float], share: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * share

@@ -1,0 +1,94 @@
+"""Checkpoints that survive a crash: written beside the old one, then put in its place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from vit_efficient.errors import CheckpointError
+
+STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file in the same folder, flush it to the disk, and rename it over ``path``.
+
+    Whatever goes wrong, ``path`` is either the old file or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Single-file checkpoints: atomic to write, and nothing in them can run when they are read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises:
+        CheckpointError: the disk is full or the folder cannot be written; the previous checkpoint is untouched.
+        """
+        path = Path(path)
+        try:
+            atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
+        except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+            survivor = "The previous checkpoint of this name is untouched." if path.exists() else "Nothing was left."
+            raise CheckpointError(
+                f"Cannot write the checkpoint {path}: {error}. {survivor}\n"
+                "  Free some space (`df -h`), then continue with `--resume auto`."
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads with ``weights_only`` whatever the caller says."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load one of our own single-file checkpoints on the CPU; code inside it is refused, not run.
+
+    Raises:
+        CheckpointError: missing, damaged, hostile, or not written by this package.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # torch reports damage in half a dozen ways, one of them a bare RuntimeError
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"Cannot read the checkpoint {path}: {first}\n"
+            "  It is damaged, or holds something else than numbers (which is never run). Take another checkpoint."
+        ) from error
+    if not isinstance(checkpoint, dict) or "vit_efficient" not in checkpoint:
+        raise CheckpointError(
+            f"{path} was not written by a run of vit_efficient, so it cannot be resumed. "
+            "To start from its weights, pass `model.weights=` with that path."
+        )
+    return checkpoint
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step in a run's ``checkpoints`` folder, or None."""
+    found = [(int(m.group(1)), p) for p in folder.glob("step-*.ckpt") if (m := STEP_FILE.fullmatch(p.name))]
+    return max(found)[1] if found else None

@@ -1,0 +1,83 @@
+"""The file that a run ships: one self-describing safetensors file, written, loaded afresh, and evaluated as loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from vit_efficient.attention.config import AttentionConfig
+from vit_efficient.data.image import ImageSpec
+from vit_efficient.engine.checkpoint import atomic_write
+from vit_efficient.errors import CheckpointError
+from vit_efficient.model.build import build_plain
+from vit_efficient.quantization.deploy import deployed_state, load_deployed
+from vit_efficient.recipe.schema import Recipe
+
+FORMAT = "vit_efficient-1"
+
+
+@dataclass
+class Deployed:
+    """A model as it ships, what it was made by, and what its outputs mean."""
+
+    model: nn.Module
+    image: ImageSpec
+    recipe: Recipe
+    class_names: list[str]
+    parameters: int
+
+
+def save_deployed(path: Path, model: nn.Module, recipe: Recipe, class_names: list[str]) -> int:
+    """Write the deployed form of ``model`` (integer codes and scales, packed 4 bits, or floats) and its description.
+
+    Returns:
+        The file's size in bytes.
+    """
+    tensors, scheme = deployed_state(model)
+    description = {
+        "format": FORMAT,
+        "recipe": recipe.model_dump_json(),
+        "class_names": json.dumps(class_names),
+        **scheme,
+    }
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda temporary: save_file(own, temporary, metadata=description))
+    return path.stat().st_size
+
+
+def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deployed:
+    """Build the model that a deployed file describes, on the CPU, in evaluation mode.
+
+    Args:
+        attention: another backend than the one that it was trained with.
+
+    Raises:
+        CheckpointError: missing, damaged, or not such a file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no model file at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"Cannot read the model file {path}: {error}. It is damaged or not safetensors.") from error
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a deployed model of this package (format {description.get('format')!r}, wanted {FORMAT!r}). "
+            "Plain weights are given as `model.weights=`."
+        )
+    recipe = Recipe.model_validate_json(description.pop("recipe"))
+    class_names = json.loads(description.pop("class_names"))
+    if attention is not None:
+        recipe = recipe.model_copy(update={"attention": attention})
+    config = recipe.model.model_copy(update={"weights": None})
+    model, image, _ = build_plain(config, recipe, len(class_names))
+    parameters = sum(p.numel() for p in model.parameters())
+    load_deployed(model, tensors, description)
+    return Deployed(model.eval(), image, recipe, class_names, parameters)

@@ -1,0 +1,83 @@
+"""`fit --dry-run`: what would happen, without it happening."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from vit_efficient.engine.setup import build_data
+from vit_efficient.engine.trainer import accumulate, world_size
+from vit_efficient.errors import CapabilityError, DataError, Problem
+from vit_efficient.machine import Machine
+from vit_efficient.measure.memory import estimate
+from vit_efficient.measure.units import count, size
+from vit_efficient.model.build import build_model, compute_dtype
+from vit_efficient.recipe.load import dump_recipe
+from vit_efficient.recipe.schema import Recipe
+
+
+def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: Console) -> None:
+    """Print the resolved recipe, parameter counts, the memory estimate, and whether this machine can run it."""
+    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
+    reasons = [str(p) for p in problems]
+    classes = recipe.model.num_classes
+    try:
+        data = build_data(recipe)
+        classes = data.num_classes
+        steps = f"{data.train_images:,} training images, {data.steps_per_epoch} steps an epoch"
+    except DataError as error:
+        reasons.append(str(error))
+        steps = "unknown: the data is not there"
+    torch.manual_seed(recipe.run.seed)
+    table = Table(show_header=False, title="what it comes to", title_justify="left", title_style="bold")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("data", steps)
+    table.add_row("batch", f"{recipe.data.batch_size} = {recipe.strategy.micro_batch} x {world_size(recipe)} device(s) "
+                           f"x {accumulate(recipe)} accumulated")  # fmt: skip
+    lines: list[str] = []
+    if classes is None:
+        table.add_row("classes", "unknown without the data; set `model.num_classes` for the sizes")
+    else:
+        # Weights decide neither sizes nor memory, and may not be here: a base is trained when it is needed.
+        plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+        try:
+            built = build_model(plain, classes)
+        except CapabilityError as error:
+            reasons.append(str(error))
+        else:
+            lines = built.report.lines()
+            table.add_row("parameters", f"{count(built.parameters)} ({built.parameters:,})")
+            table.add_row("trained", f"{count(built.trainable)} ({built.trainable:,})")
+            table.add_row("quantized", f"{count(built.report.quantized_parameters)} ({built.report.quantized_parameters:,})")
+            assert recipe.strategy.micro_batch is not None
+            needed = estimate(
+                built.model,
+                built.blocks,
+                image_size=built.image.size,
+                dtype=compute_dtype(recipe),
+                micro_batch=recipe.strategy.micro_batch,
+                optimizer=recipe.optim.name,
+                average=recipe.optim.ema is not None,
+                checkpointing=recipe.strategy.checkpointing,
+            )
+            table.add_section()
+            for what, number in needed.rows():
+                table.add_row(what, size(number))
+            table.add_row("estimated GPU memory", f"[bold]{size(needed.total)}[/] a device")
+            if machine.gpus and recipe.strategy.accelerator == "gpu" and needed.total > min(g.memory for g in machine.gpus):
+                reasons.append(
+                    f"it needs about {size(needed.total)} and the GPU has {size(min(g.memory for g in machine.gpus))}: "
+                    "lower `strategy.micro_batch`, or set `strategy.checkpointing=true`"
+                )
+    console.print(table)
+    for line in lines:
+        console.print(f"  {line}")
+    if reasons:
+        console.print("\n[bold red]This machine cannot run it:[/]")
+        for reason in reasons:
+            console.print(f"  - {reason}")
+    else:
+        console.print("\n[bold green]This machine can run it.[/]")

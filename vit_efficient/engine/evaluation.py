@@ -1,0 +1,63 @@
+"""Counts how good a model is: every sample of the evaluation shards, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from vit_efficient.data.datamodule import ViTDataModule
+from vit_efficient.data.device import DeviceTransforms
+from vit_efficient.engine.trainer import build_trainer
+from vit_efficient.measure.memory import weight_bytes
+from vit_efficient.model.metrics import ClassificationMetrics
+from vit_efficient.recipe.schema import Recipe
+
+
+class Evaluation(L.LightningModule):
+    """Runs a model over the evaluation set under the recipe's precision."""
+
+    def __init__(self, model: nn.Module, transforms: DeviceTransforms, num_classes: int) -> None:
+        super().__init__()
+        self.model, self.transforms = model, transforms
+        self.metrics = ClassificationMetrics(num_classes)
+        self.figures: dict[str, Any] = {}
+        self.weight_bytes = 0
+        self.device_used = torch.device("cpu")
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images, _ = self.transforms(batch)
+        self.metrics.update(self.model(images), batch["label"], batch["weight"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.figures = self.metrics.compute()
+        self.device_used = self.device
+        self.weight_bytes = weight_bytes(self.model)
+
+
+def evaluate_model(
+    model: nn.Module,
+    datamodule: ViTDataModule,
+    transforms: DeviceTransforms,
+    recipe: Recipe,
+    callbacks: list[Any] | None = None,
+) -> tuple[dict[str, Any], int, torch.device]:
+    """Figures of ``model`` on the evaluation shards (see `ClassificationMetrics.compute`).
+
+    Args:
+        model: (B, 3, S, S) to (B, C).
+        datamodule: gives the evaluation batches.
+        transforms: normalises them on the device.
+        recipe: resolved; its hardware and precision are used.
+        callbacks: for example a progress display.
+
+    Returns:
+        The figures, the bytes of the weights on the device, and that device.
+    """
+    trainer = build_trainer(recipe, run_dir=None, callbacks=callbacks or [])
+    module = Evaluation(model.eval(), transforms, datamodule.num_classes)
+    with torch.no_grad():
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+    return module.figures, module.weight_bytes, module.device_used

@@ -1,0 +1,208 @@
+"""What happens between two optimizer steps: average, cursor, loss check, checkpoint, stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+
+from vit_efficient.cluster.preempt import StopSignals
+from vit_efficient.data.datamodule import ViTDataModule
+from vit_efficient.engine.checkpoint import STEP_FILE
+from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
+from vit_efficient.engine.rundir import RunDir
+from vit_efficient.engine.watch import LossWatch, describe
+from vit_efficient.model.module import ViTModule
+from vit_efficient.recipe.schema import CheckpointConfig
+
+FORMAT = 1
+
+
+class StopRun(Exception):  # noqa: N818 - not an error: the run was asked to stop and is saved
+    """The run was asked to stop; its state is saved in ``checkpoint``."""
+
+    def __init__(self, checkpoint: Path, reason: str) -> None:
+        super().__init__(f"stopped by {reason}")
+        self.checkpoint, self.reason = checkpoint, reason
+
+
+@dataclass
+class Clock:
+    """Time and images of the training steps alone, summed over all resumptions."""
+
+    train_seconds: float = 0.0
+    images: int = 0
+    wait_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class RunLoop(L.Callback):
+    """Keeps a run's place, saves it, and ends it in order when asked to.
+
+    A checkpoint is only ever taken between two optimizer steps, with every rank at the same one.
+
+    Args:
+        run: the run's folder.
+        config: when to save and how many checkpoints to keep.
+        recipe: the resolved recipe as a plain mapping; goes into every checkpoint.
+        accumulate: micro-batches in an optimizer step.
+    """
+
+    def __init__(self, run: RunDir, config: CheckpointConfig, recipe: dict[str, Any], accumulate: int) -> None:
+        self.run, self.config, self.recipe, self.accumulate = run, config, recipe, accumulate
+        self.signals = StopSignals()
+        self.watch = LossWatch()
+        self.position = Position(0, 0)
+        self.clock = Clock()
+        self.best = {"top1": -1.0, "epoch": 0}
+        self.history: list[dict[str, float]] = []
+        self.latest: dict[str, Any] = {}
+        self.resumed_from: Path | None = None
+        self._saved_at = time.monotonic()
+        self._mark = time.monotonic()
+        self._started = time.monotonic()
+
+    # -- signals and time -------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.install()
+        self._started = time.monotonic()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.signals.restore()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = self._mark = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._mark = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds of this run so far, earlier parts of a resumed run included."""
+        return self.clock.seconds + time.monotonic() - self._started
+
+    # -- after every step -------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, ViTModule)
+        now = time.monotonic()
+        self.clock.train_seconds += now - self._mark
+        self._mark = now
+        assert pl_module.last_loss is not None
+        self.watch.add(pl_module.last_loss, batch["step"], describe(batch))
+        if (batch_idx + 1) % self.accumulate and batch_idx + 1 < trainer.num_training_batches:
+            return  # inside an optimizer step
+        pl_module.update_average()
+        self.clock.images += batch["count"]
+        epoch, step = divmod(batch["step"], pl_module.steps_per_epoch)
+        self.position = Position(epoch, step + 1)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, ViTDataModule)
+        datamodule.mark_step(epoch, step + 1)
+        at_end = step + 1 == pl_module.steps_per_epoch
+        if self.signals.agreed(pl_module.device):
+            self._stop(trainer)
+        if not at_end and self._due(pl_module.device):  # at an epoch's end the checkpoint waits for the evaluation
+            self.save(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == "fit" and self.signals.agreed(pl_module.device):
+            assert isinstance(pl_module, ViTModule)
+            pl_module.averaged_weights.close()
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ViTModule)
+        self.latest = pl_module.metrics.compute()
+        epoch = self.position.epoch + 1
+        self.history.append({"epoch": epoch, "top1": self.latest["top1"], "loss": self.latest["loss"]})
+        better = self.latest["top1"] > self.best["top1"]
+        if better:
+            self.best = {"top1": self.latest["top1"], "epoch": epoch}
+        self.position = Position(self.position.epoch, self.position.step, validated=True)
+        self.save(trainer, best=better)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _due(self, device: torch.device) -> bool:
+        every = self.config.every_steps
+        done = self.position.step
+        if every is not None and done % every == 0:
+            return True
+        minutes = self.config.every_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return due
+        flag = torch.tensor([int(due)], device=device)  # clocks differ between ranks: rank 0's counts
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        reason = self.signals.received.name if self.signals.received else "another rank's signal"
+        raise StopRun(self.save(trainer), reason)
+
+    def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
+        """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""
+        self.watch.drain()  # raises rather than save weights that are not numbers
+        folder = self.run.checkpoints
+        path = folder / f"step-{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            _name(path, folder / "last.ckpt")
+            if best:
+                _name(path, folder / "best.ckpt")
+            old = sorted((p for p in folder.iterdir() if STEP_FILE.fullmatch(p.name)), key=lambda p: p.name)
+            for path_to_drop in old[: -self.config.keep]:
+                path_to_drop.unlink(missing_ok=True)
+        self._saved_at = self._mark = time.monotonic()
+        return path
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        clock = {**self.clock.__dict__, "seconds": self.elapsed()}
+        checkpoint["vit_efficient"] = {
+            "format": FORMAT,
+            "position": self.position.state(),
+            "recipe": self.recipe,
+            "clock": clock,
+            "best": dict(self.best),
+            "history": list(self.history),
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, ViTModule)
+        own = checkpoint["vit_efficient"]
+        check_same_recipe(own["recipe"], self.recipe, str(self.resumed_from))
+        self.position = Position(**own["position"])
+        self.clock = Clock(**own["clock"])
+        self.best, self.history = dict(own["best"]), list(own["history"])
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        micro = pl_module.steps_per_epoch * self.accumulate
+        write_loops(checkpoint["loops"], self.position, pl_module.steps_per_epoch, self.accumulate, micro)
+
+
+def _name(source: Path, name: Path) -> None:
+    """Give a checkpoint a second name, atomically; a copy where the file system has no hard links."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, name)

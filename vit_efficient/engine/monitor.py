@@ -1,0 +1,113 @@
+"""What TensorBoard shows of a run."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from vit_efficient.engine.figures import confusion_figure
+from vit_efficient.engine.loop import RunLoop
+from vit_efficient.model.module import ViTModule
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: the allocator's peak on a GPU, the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+class Monitor(L.Callback):
+    """Writes loss, rate, gradient norm, speed, data wait, memory, accuracy, example images and the confusion matrix.
+
+    Args:
+        loop: knows the step, the clock and the last evaluation.
+        every: optimizer steps between two points.
+        class_names: names on the confusion matrix.
+    """
+
+    def __init__(self, loop: RunLoop, every: int, class_names: list[str]) -> None:
+        self.loop, self.every, self.class_names = loop, every, class_names
+        self.gradient_norm = 0.0
+        self.images_per_second = 0.0
+        self.wait_share = 0.0
+        self._since = (time.monotonic(), 0, 0.0)
+        self._shown = False
+
+    def _writer(self, trainer: L.Trainer) -> TensorBoardLogger | None:
+        logger = trainer.logger
+        return logger if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero else None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restart_interval(trainer)
+
+    def _restart_interval(self, trainer: L.Trainer) -> None:
+        waited = trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
+        self._since = (time.monotonic(), self.loop.clock.images, waited)
+
+    def _log_next(self, trainer: L.Trainer) -> bool:
+        return (trainer.global_step + 1) % self.every == 0
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if self._log_next(trainer):  # after unscaling, before clipping
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, ViTModule)
+        writer = self._writer(trainer)
+        if writer is not None and not self._shown:
+            self._show_examples(writer, pl_module, batch)
+        step = trainer.global_step
+        stepped = (batch_idx + 1) % self.loop.accumulate == 0 or batch_idx + 1 == trainer.num_training_batches
+        if not stepped or step % self.every:
+            return
+        then, images, waited = self._since
+        seconds = max(time.monotonic() - then, 1e-9)
+        self.images_per_second = (self.loop.clock.images - images) / seconds
+        self.wait_share = (trainer.datamodule.wait_seconds - waited) / seconds  # type: ignore[attr-defined]
+        self._restart_interval(trainer)
+        if writer is None:
+            return
+        assert pl_module.last_loss is not None
+        scalars = {
+            "train/loss": float(pl_module.last_loss),
+            "train/learning_rate": max(g["lr"] for g in trainer.optimizers[0].param_groups),
+            "train/gradient_norm": self.gradient_norm,
+            "speed/images_per_second": self.images_per_second,
+            "speed/data_wait_share": self.wait_share,
+            "memory/peak_bytes": peak_memory_bytes(pl_module.device),
+            "train/epoch": self.loop.position.epoch + self.loop.position.step / pl_module.steps_per_epoch,
+        }
+        skipped = trainer.datamodule.skipped  # type: ignore[attr-defined]
+        if skipped:
+            scalars["data/skipped_samples"] = skipped
+        writer.log_metrics(scalars, step)
+
+    def _show_examples(self, writer: TensorBoardLogger, module: ViTModule, batch: dict[str, Any]) -> None:
+        """The first images as the network sees them, augmented and mixed, once a run."""
+        self._shown = True
+        images, _ = module.transforms(batch)
+        shown = images[:16].float().cpu()
+        low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
+        writer.experiment.add_images("examples/train", (shown - low) / (high - low).clamp_min(1e-6), self._step(module))
+
+    @staticmethod
+    def _step(module: ViTModule) -> int:
+        return module.trainer.global_step
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        writer = self._writer(trainer)
+        if writer is None:
+            return
+        latest = self.loop.latest
+        writer.log_metrics({f"evaluation/{k}": latest[k] for k in ("top1", "top5", "f1", "loss")}, trainer.global_step)
+        figure = confusion_figure(latest["confusion"], self.class_names)
+        writer.experiment.add_figure("evaluation/confusion", figure, trainer.global_step)

@@ -1,0 +1,147 @@
+"""A run's folder: made once, never overwritten, found again for resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint
+from vit_efficient.engine.resume import differences
+from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.recipe.load import load_recipe
+from vit_efficient.recipe.schema import Recipe
+
+ROOT = Path("runs")
+RECIPE, METRICS, ENVIRONMENT, MODEL = "recipe.yaml", "metrics.json", "environment.json", "model.safetensors"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN becomes null: JSON has no NaN."""
+    text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, atomically."""
+    atomic_write(path, lambda temporary: _put(temporary, text))
+
+
+def _put(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+class RunDir:
+    """The folder of one run and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.recipe = path / RECIPE
+        self.metrics = path / METRICS
+        self.environment = path / ENVIRONMENT
+        self.model = path / MODEL
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics.is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return newest_checkpoint(self.checkpoints)
+
+    def check_new(self) -> None:
+        """Raises:
+        UserError: a run is there already.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"{self.path} already exists, and a run is never overwritten.\n"
+                f"  Continue it with `--resume {self.path}`, or choose another `run.dir`."
+            )
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: a run is there already, or the folder cannot be made.
+        """
+        self.check_new()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot make the run folder {self.path}: {error}. Set `run.dir` to another.") from error
+
+
+def run_stem(variant: str, protocol: str) -> str:
+    """What the names of all runs of a variant under a protocol begin with."""
+    return f"{variant or 'run'}-{Path(protocol).stem or 'protocol'}"
+
+
+def stamp() -> str:
+    """What tells runs apart: the time, or, where several processes must find the same name, what they share.
+
+    Processes that Lightning starts inherit it through the environment; those that Slurm or torchrun start share a job.
+    """
+    shared = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if shared == "none":
+        shared = os.environ.setdefault("VIT_EFFICIENT_STAMP", time.strftime("%Y%m%d-%H%M%S"))
+    return shared
+
+
+def new_path(variant: str, protocol: str, root: Path = ROOT) -> Path:
+    """``runs/<recipe>-<protocol>-<time>``, with a counter behind it where two runs begin in one second."""
+    stem = f"{run_stem(variant, protocol)}-{stamp()}"
+    path, count = root / stem, 1
+    while path.exists():
+        count += 1
+        path = root / f"{stem}-{count}"
+    return path
+
+
+def locate(target: str) -> tuple[RunDir, Path]:
+    """The run and the checkpoint that ``--resume PATH`` means: a run's folder or one of its checkpoints.
+
+    Raises:
+        CheckpointError: nothing there, or nothing to resume in it.
+    """
+    path = Path(target)
+    if path.is_file():
+        if path.parent.name != "checkpoints":
+            raise CheckpointError(
+                f"{path} does not lie in a run's `checkpoints` folder, so the rest of its run is missing. "
+                "Give the run's folder, or take only the weights with `model.weights=`."
+            )
+        return RunDir(path.parent.parent), path
+    if not path.is_dir():
+        raise CheckpointError(f"--resume {target}: there is no such run folder or checkpoint.")
+    run = RunDir(path)
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None:
+        raise CheckpointError(f"--resume {target}: no checkpoint in {run.checkpoints}; nothing was saved there.")
+    return run, checkpoint
+
+
+def find_unfinished(recipe: Recipe, root: Path = ROOT) -> RunDir | None:
+    """The newest run of the same recipe that has a checkpoint and no metrics yet."""
+    runs = [RunDir(p.parent) for p in root.glob(f"{run_stem(recipe.variant, recipe.protocol)}-*/{RECIPE}")]
+    for run in sorted(runs, key=lambda r: r.path.name, reverse=True):
+        checkpoint = run.last_checkpoint()
+        if run.finished or checkpoint is None:
+            continue
+        saved = load_recipe(str(run.recipe)).recipe.model_dump(mode="json")
+        if not differences(saved, recipe.model_dump(mode="json")):
+            return run
+    return None

@@ -1,0 +1,110 @@
+"""The model that `evaluate` is asked about: a shipped file, a checkpoint, or weights quantized without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vit_efficient.data.image import ImageSpec
+from vit_efficient.engine.base import given_base, has_adapters
+from vit_efficient.engine.checkpoint import read_checkpoint
+from vit_efficient.engine.deployed import load_file
+from vit_efficient.engine.resume import differing_keys
+from vit_efficient.engine.rundir import MODEL, RunDir
+from vit_efficient.errors import CheckpointError
+from vit_efficient.model.build import build_model
+from vit_efficient.quantization.deploy import deployed_state
+from vit_efficient.recipe.schema import Recipe
+
+
+@dataclass
+class Subject:
+    """A model in deployed form, on the CPU, and what is said of it."""
+
+    model: nn.Module
+    image: ImageSpec
+    parameters: int
+    weight_bytes: int
+    lines: list[str]
+
+
+def find(target: str) -> tuple[Path, Path | None]:
+    """The model file or checkpoint that ``--checkpoint`` means, and its run's recipe if there is one.
+
+    Raises:
+        CheckpointError: there is nothing to evaluate at that path.
+    """
+    path = Path(target)
+    if path.is_dir():
+        run = RunDir(path)
+        found = run.model if run.finished and run.model.is_file() else run.last_checkpoint()
+        if found is None:
+            raise CheckpointError(f"--checkpoint {target}: neither {MODEL} nor a checkpoint is in that folder.")
+        path = found
+    elif not path.is_file():
+        raise CheckpointError(f"--checkpoint {target}: there is no such file or run folder.")
+    for folder in (path.parent, path.parent.parent):
+        if (recipe := RunDir(folder).recipe).is_file():
+            return path, recipe
+    return path, None
+
+
+def _must_match(saved: Recipe, now: Recipe, path: Path) -> None:
+    """What makes the model must agree; data, hardware and attention kernel may differ."""
+    owned = {"model": {"name", "image_size", "kwargs"}, "quantization": True}
+    a, b = (r.model_dump(mode="json", include=owned, exclude={"quantization": {"precision", "base"}}) for r in (saved, now))
+    if rows := differing_keys(a, b):
+        raise CheckpointError(
+            f"{path} belongs to another recipe:\n" + "\n".join(f"    {row}" for row in rows) + "\n"
+            "  Leave `--recipe` out to evaluate it as it was trained."
+        )
+
+
+def from_checkpoint(path: Path, recipe: Recipe, num_classes: int) -> Subject:
+    """Load a deployed file or one of our checkpoints.
+
+    Raises:
+        CheckpointError: damaged, hostile, or of another recipe.
+    """
+    if path.suffix == ".safetensors":
+        deployed = load_file(path, attention=recipe.attention)
+        _must_match(deployed.recipe, recipe, path)
+        size = path.stat().st_size
+        return Subject(deployed.model, deployed.image, deployed.parameters, size, [f"{path}, as it ships"])
+    checkpoint = read_checkpoint(path)
+    saved = Recipe.model_validate(checkpoint["vit_efficient"]["recipe"])
+    _must_match(saved, recipe, path)
+    base = given_base(saved) if has_adapters(saved) else None
+    if has_adapters(saved) and base is None:
+        raise CheckpointError(f"{path} holds adapters only, and the base that they belong to is gone; train it again.")
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+    torch.manual_seed(saved.run.seed)
+    built = build_model(plain, num_classes, base=base.weights if base else None)
+    state = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(("metrics.", "transforms."))}
+    state |= checkpoint.get("average", {}).get("average", {})
+    try:
+        missing, unexpected = built.model.load_state_dict(state, strict=base is None)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the recipe's model: {error}") from error
+    trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
+    if unexpected or (lost := trained & set(missing)):
+        raise CheckpointError(f"{path} does not fit the recipe's model: {[*unexpected, *sorted(lost)][:5]}")
+    return _finalized(built.model, recipe, built.image, built.parameters, [f"{path}", *built.report.lines()])
+
+
+def from_weights(recipe: Recipe, num_classes: int) -> Subject:
+    """The pretrained ``model.weights`` under the recipe's quantization, with no training."""
+    torch.manual_seed(recipe.run.seed)
+    built = build_model(recipe, num_classes, base=getattr(recipe.quantization, "base", None))
+    lines = [f"{recipe.model.weights}, quantized without training", *built.report.lines(), *built.notes]
+    return _finalized(built.model, recipe, built.image, built.parameters, lines)
+
+
+def _finalized(model: nn.Module, recipe: Recipe, image: ImageSpec, parameters: int, lines: list[str]) -> Subject:
+    recipe.quantization.finalize(model)
+    tensors, _ = deployed_state(model)
+    return Subject(model.eval(), image, parameters, sum(t.nbytes for t in tensors.values()), lines)

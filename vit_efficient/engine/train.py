@@ -1,0 +1,150 @@
+"""One run, from a resolved recipe to a folder with its metrics and its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from vit_efficient.data.datamodule import ViTDataModule
+from vit_efficient.data.device import DeviceTransforms
+from vit_efficient.engine.checkpoint import read_checkpoint
+from vit_efficient.engine.deployed import load_file, save_deployed
+from vit_efficient.engine.evaluation import evaluate_model
+from vit_efficient.engine.loop import RunLoop
+from vit_efficient.engine.monitor import Monitor, peak_memory_bytes
+from vit_efficient.engine.progress import ConsoleProgress
+from vit_efficient.engine.resume import check_same_recipe
+from vit_efficient.engine.rundir import RunDir, write_json, write_text
+from vit_efficient.engine.setup import build_data, build_transforms, describe
+from vit_efficient.engine.trainer import accumulate, build_trainer, quiet
+from vit_efficient.machine import Machine
+from vit_efficient.measure.record import environment
+from vit_efficient.model.build import Built, build_model
+from vit_efficient.model.module import ViTModule, learning_rate
+from vit_efficient.parallel.order import prepare_blocks
+from vit_efficient.recipe.load import dump_recipe
+from vit_efficient.recipe.schema import Recipe
+
+
+@dataclass
+class Result:
+    """What a finished run has to show; accuracies are fractions of 1."""
+
+    run: RunDir
+    metrics: dict[str, Any]
+
+
+def make_module(recipe: Recipe, built: Built, data: ViTDataModule, transforms: DeviceTransforms) -> ViTModule:
+    """The LightningModule of a recipe, its blocks prepared for training."""
+    prepare_blocks(
+        built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile
+    )
+    return ViTModule(
+        built.model,
+        transforms,
+        recipe.optim,
+        lr=learning_rate(recipe.optim, recipe.quantization),
+        num_classes=data.num_classes,
+        steps_per_epoch=data.steps_per_epoch,
+        seed=recipe.run.seed,
+        adapters_only=getattr(recipe.quantization, "lora", None) is not None,  # the base is frozen and has its own file
+    )
+
+
+def train(
+    recipe: Recipe,
+    machine: Machine,
+    run: RunDir,
+    console: Console,
+    *,
+    base: str | None = None,
+    resume: Path | None = None,
+) -> Result:
+    """Train, write the deployed model, evaluate that file, and put it all into the run's folder.
+
+    The figures are those of the last epoch's weights (their moving average, with ``optim.ema``) in deployed form.
+    Choosing the best epoch by the same images that it is then reported on would flatter it; ``best_top1`` says what
+    that choice would have given, and ``best.ckpt`` keeps it.
+
+    Args:
+        recipe: resolved for this machine.
+        machine: where this is.
+        run: its folder: to be made, or, with ``resume``, the one that the checkpoint lies in.
+        console: where people read.
+        base: weights that adapters start from, in place of ``model.weights``.
+        resume: checkpoint to go on from.
+
+    Raises:
+        UserError: whatever the user can mend.
+        StopRun: asked to stop; the run is saved.
+    """
+    quiet()
+    plain = recipe.model_dump(mode="json")
+    if resume is not None:  # before anything is built: a wrong checkpoint is known at once
+        check_same_recipe(read_checkpoint(resume)["vit_efficient"]["recipe"], plain, str(resume))
+    else:
+        run.check_new()
+    data = build_data(recipe)
+    torch.manual_seed(recipe.run.seed)
+    built = build_model(recipe, data.num_classes, base=base)
+    data.image = built.image
+    transforms = build_transforms(recipe, built.image, data.num_classes)
+    describe(console, recipe, built, data)
+    module = make_module(recipe, built, data, transforms)
+
+    if rank_zero_only.rank == 0:
+        if resume is None:
+            run.create()
+            write_text(run.recipe, dump_recipe(recipe))
+        write_json(run.environment, environment(machine))
+    loop = RunLoop(run, recipe.checkpoint, plain, accumulate(recipe))
+    loop.resumed_from = resume
+    callbacks: list[Any] = [loop, Monitor(loop, recipe.run.log_every, data.class_names)]
+    callbacks.append(ConsoleProgress(loop, console, recipe.optim.epochs))
+    trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks)
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    peak = peak_memory_bytes(module.device)
+
+    module.keep_average()
+    model = built.model.cpu()
+    if rank_zero_only.rank == 0:
+        save_deployed(run.model, model, recipe, data.class_names)
+    _barrier()
+    deployed = load_file(run.model)
+    figures, device_bytes, _ = evaluate_model(deployed.model, data, transforms, recipe)
+    metrics = {
+        **{name: figures[name] for name in ("top1", "top5", "f1", "loss", "samples")},
+        "epochs": recipe.optim.epochs,
+        "steps": trainer.global_step,
+        "images_per_second": loop.clock.images / max(loop.clock.train_seconds, 1e-9),
+        "seconds": loop.elapsed(),
+        "train_seconds": loop.clock.train_seconds,
+        "data_wait_share": (loop.clock.wait_seconds + data.wait_seconds) / max(loop.clock.train_seconds, 1e-9),
+        "peak_memory_bytes": peak,
+        "parameters": built.parameters,
+        "trainable_parameters": built.trainable,
+        "quantized_parameters": built.report.quantized_parameters,
+        "weight_bytes": run.model.stat().st_size,
+        "device_bytes": device_bytes,
+        "fp32_bytes": 4 * built.parameters,
+        "skipped_samples": data.skipped,
+        "best_top1": loop.best["top1"],
+        "best_epoch": loop.best["epoch"],
+        "per_class": dict(zip(data.class_names, figures["per_class"].tolist(), strict=True)),
+        "class_counts": dict(zip(data.class_names, data.class_counts, strict=True)),
+        "history": loop.history,
+    }
+    if rank_zero_only.rank == 0:
+        write_json(run.metrics, metrics)
+    return Result(run, metrics)
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

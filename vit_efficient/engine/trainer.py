@@ -1,0 +1,89 @@
+"""Recipe -> Lightning Trainer: devices, strategy, precision, and nothing of Lightning's own housekeeping."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from vit_efficient.engine.checkpoint import AtomicCheckpointIO
+from vit_efficient.parallel.config import DdpConfig
+from vit_efficient.recipe.schema import Recipe
+
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def devices(recipe: Recipe) -> tuple[int, int]:
+    """(devices a node, nodes) of a resolved recipe."""
+    strategy = recipe.strategy
+    if isinstance(strategy, DdpConfig):
+        assert isinstance(strategy.devices, int), "resolve() makes the number of devices concrete"
+        return strategy.devices, strategy.nodes
+    return 1, 1
+
+
+def world_size(recipe: Recipe) -> int:
+    """Processes of a resolved recipe."""
+    per_node, nodes = devices(recipe)
+    return per_node * nodes
+
+
+def accumulate(recipe: Recipe) -> int:
+    """Micro-batches of one optimizer step on each device."""
+    micro = recipe.strategy.micro_batch
+    assert micro is not None, "resolve() makes the micro-batch concrete"
+    return recipe.data.batch_size // (micro * world_size(recipe))
+
+
+def quiet() -> None:
+    """Leave out what Lightning says about choices that this package makes on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*Found .* module.s. in eval mode at the start of training.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*The given buffer is not writable.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any]) -> L.Trainer:
+    """A Trainer for a resolved recipe.
+
+    Args:
+        recipe: its hardware section, precision, clipping and epochs are what matters here.
+        run_dir: where TensorBoard's events go; None: nothing is logged.
+        callbacks: all that is to happen around the steps; Lightning's own checkpoints and progress bar are off.
+    """
+    per_node, nodes = devices(recipe)
+    name = "ddp" if isinstance(recipe.strategy, DdpConfig) else "auto"
+    logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard") if run_dir is not None else False
+    return L.Trainer(
+        accelerator=recipe.strategy.accelerator,
+        devices=per_node,
+        num_nodes=nodes,
+        strategy=name,
+        precision=PRECISION[recipe.quantization.precision],  # type: ignore[arg-type]
+        max_epochs=recipe.optim.epochs,
+        accumulate_grad_batches=accumulate(recipe),
+        gradient_clip_val=recipe.optim.clip,
+        deterministic=recipe.run.deterministic,
+        logger=logger,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        log_every_n_steps=recipe.run.log_every,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+    )

@@ -1,0 +1,144 @@
+"""Train a variant under a protocol.
+
+    python -m vit_efficient.fit --recipe recipes/int8_sdpa.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vit_efficient.cli import base_parser, run_command
+from vit_efficient.errors import RecipeError, UserError
+from vit_efficient.machine import Machine, detect
+from vit_efficient.recipe.compat import check, resolve
+from vit_efficient.recipe.load import load_recipe
+from vit_efficient.recipe.schema import Recipe
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `fit`."""
+    words = base_parser(
+        "fit", "Train a variant under a protocol, evaluate what it would ship, and keep it all.", required=False
+    )
+    words.add_argument("--dry-run", action="store_true", help="show the resolved recipe, sizes and memory; train nothing")
+    words.add_argument(
+        "--resume",
+        default="none",
+        metavar="none|auto|PATH",
+        help="none: a new run; auto: go on with the newest unfinished run of this recipe, or begin one; "
+        "PATH: go on with that run or checkpoint",
+    )
+    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file too")
+    return words
+
+
+def load(options: argparse.Namespace, machine: Machine, console: Console) -> Recipe:
+    """The resolved recipe of a command line; its notes are printed.
+
+    Raises:
+        RecipeError: every mistake in it.
+    """
+    name = options.recipe
+    if name is None and options.resume not in ("none", "auto"):
+        from vit_efficient.engine.rundir import locate
+
+        name = str(locate(options.resume)[0].recipe)
+    if name is None:
+        raise UserError("fit needs `--recipe R`: the name of a variant (int8_sdpa) or a file.")
+    loaded = load_recipe(name, options.overrides)
+    recipe, notes = resolve(loaded.recipe, machine)
+    for note in [*loaded.notes, *notes]:
+        console.print(f"[bold]{'resolved':>13}[/]  {note}")
+    return recipe
+
+
+def place(recipe: Recipe, resume: str) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint to go on from (None: a new run).
+
+    Raises:
+        CheckpointError: nothing to resume at the path given.
+    """
+    from vit_efficient.engine.rundir import RunDir, find_unfinished, locate, new_path
+
+    if resume not in ("none", "auto"):
+        run, checkpoint = locate(resume)
+        return run.path, checkpoint
+    if recipe.run.dir is not None:
+        run = RunDir(recipe.run.dir)
+        return run.path, run.last_checkpoint() if resume == "auto" else None
+    if resume == "auto":
+        found = find_unfinished(recipe)
+        if found is not None:
+            return found.path, found.last_checkpoint()
+    return new_path(recipe.variant, recipe.protocol), None
+
+
+def fit(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    machine = detect()
+    recipe = load(options, machine, console)
+    problems = check(recipe, machine)
+    if options.dry_run:
+        from vit_efficient.engine.dry import dry_run
+
+        dry_run(recipe, machine, problems, console)
+        return
+    if problems:
+        raise RecipeError(problems)
+
+    from vit_efficient.engine.base import ensure_base, has_adapters
+    from vit_efficient.engine.loop import StopRun
+    from vit_efficient.engine.rundir import RunDir, write_json
+    from vit_efficient.engine.train import train
+    from vit_efficient.measure.table import print_result
+
+    path, checkpoint = place(recipe, options.resume)
+    run = RunDir(path)
+    title = f"{recipe.variant} on {recipe.protocol}"
+    if run.finished and options.resume != "none":
+        console.print(f"{run.path} is finished already; its figures:")
+        print_result(console, title, json.loads(run.metrics.read_text(encoding="utf-8")))
+        return
+    if checkpoint is None:
+        run.check_new()
+        if options.resume == "auto":
+            console.print(f"[bold]{'resume':>13}[/]  nothing to go on from: a new run begins")
+    else:
+        console.print(f"[bold]{'resume':>13}[/]  {checkpoint}")
+    try:
+        base = ensure_base(recipe, machine, console) if has_adapters(recipe) else None
+        console.print(f"[bold]{'run':>13}[/]  {run.path}")
+        result = train(
+            recipe, machine, run, console, base=base.weights if base else None, resume=checkpoint
+        )
+    except StopRun as stop:
+        again = shlex.join(["python", "-m", "vit_efficient.fit", "--resume", str(stop.checkpoint.parent.parent)])
+        console.print(f"\nStopped by {stop.reason}; everything is saved in {stop.checkpoint}.\nGo on with:\n  {again}")
+        number = getattr(signal, stop.reason, signal.SIGINT)
+        sys.exit(128 + int(number))
+    seconds = base.seconds if base else 0.0
+    metrics = {**result.metrics, "base_seconds": seconds}
+    print_result(console, title, metrics, seconds)
+    console.print(f"run folder   {run.path}\nmodel file   {run.model}\nwatch it     tensorboard --logdir {run.path.parent}")
+    if options.output is not None:
+        write_json(options.output, metrics)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; raises UserError for what the user can mend."""
+    options = parser().parse_intermixed_args(argv)
+    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    fit(options, Console(quiet=rank > 0, highlight=False))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,90 @@
+"""What this machine is: GPUs, driver, optional packages. Looks only when asked; importing it starts nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device; `memory` in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a recipe may count on. Tests build one by hand to ask about machines that are not here."""
+
+    gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    cores: int = 1
+    packages: dict[str, str] = field(default_factory=dict)
+
+    def version(self, package: str) -> str | None:
+        """Installed version of a distribution such as ``flash-attn``, or None."""
+        return self.packages.get(package)
+
+
+PACKAGES = (
+    "torch", "torchvision", "lightning", "timm", "torchmetrics", "webdataset", "tensorboard", "bitsandbytes", "peft",
+    "flash-attn", "deepspeed", "torchao", "triton", "onnx", "onnxruntime",
+)  # fmt: skip
+
+
+def installed(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Versions of the distributions that are installed, without importing any of them."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def driver_version() -> str:
+    """The NVIDIA kernel driver's version, or an empty string."""
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            words = file.readline().split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
+def detect() -> Machine:
+    """Ask the machine. Counts the GPUs through NVML where it can, so that no CUDA context is made."""
+    import torch
+
+    gpus: list[Gpu] = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append(Gpu(properties.name, (properties.major, properties.minor), properties.total_memory))
+    return Machine(tuple(gpus), driver_version(), cores(), installed())
+
+
+def summary(machine: Machine) -> list[tuple[str, str]]:
+    """Rows (what, value) for a person to read."""
+    rows = [("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")]
+    rows.append(("cores", str(machine.cores)))
+    if machine.gpus:
+        rows.append(("driver", machine.driver or "unknown"))
+        for index, gpu in enumerate(machine.gpus):
+            major, minor = gpu.capability
+            rows.append((f"GPU {index}", f"{gpu.name}, sm_{major}{minor}, {gpu.memory / 2**30:.0f} GiB"))
+    else:
+        rows.append(("GPU", "none that torch can use" + (f" (driver {machine.driver})" if machine.driver else "")))
+    return rows

@@ -1,0 +1,72 @@
+"""The one ordered list that makes a model from a recipe: load, swap attention, quantize, add adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vit_efficient.attention.swap import swap_attention
+from vit_efficient.data.image import ImageSpec
+from vit_efficient.model.backbone import create_backbone
+from vit_efficient.quantization.base import Report
+from vit_efficient.recipe.schema import ModelConfig, Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Built:
+    """A model as a recipe wants it, and what a person should know of how it came about."""
+
+    model: nn.Module
+    image: ImageSpec
+    report: Report
+    notes: list[str]
+    parameters: int
+    """Weights of the float model, before quantization and adapters."""
+
+    @property
+    def trainable(self) -> int:
+        """Weights that are trained now."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, in order."""
+        assert isinstance(self.model.blocks, nn.ModuleList | nn.Sequential)
+        return self.model.blocks  # type: ignore[return-value]
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of what is not quantized. The recipe must be resolved: `auto` is not a dtype."""
+    return DTYPES[recipe.quantization.precision]
+
+
+def build_plain(config: ModelConfig, recipe: Recipe, num_classes: int) -> tuple[nn.Module, ImageSpec, list[str]]:
+    """The float model with the recipe's attention: steps one and two of the list."""
+    backbone = create_backbone(config, num_classes)
+    swap_attention(backbone.model, recipe.attention.build())
+    return backbone.model, backbone.image, list(backbone.notes)
+
+
+def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) -> Built:
+    """Build the model that a recipe trains or evaluates.
+
+    Weights are loaded before quantization and attention is swapped under the same parameter names, so any timm
+    checkpoint fits before and after.
+
+    Args:
+        recipe: resolved (no `auto` precision).
+        num_classes: outputs of the head.
+        base: weights that adapters start from, in place of ``model.weights``.
+
+    Raises:
+        UserError: unknown model, weights that do not fit, nothing to quantize, a backend that refuses.
+    """
+    config = recipe.model.model_copy(update={"weights": base}) if base else recipe.model
+    model, image, notes = build_plain(config, recipe, num_classes)
+    parameters = sum(p.numel() for p in model.parameters())
+    report = recipe.quantization.apply(model, compute_dtype=compute_dtype(recipe))
+    return Built(model, image, report, notes, parameters)

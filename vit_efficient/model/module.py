@@ -1,0 +1,138 @@
+"""The LightningModule: one training step, one evaluation step, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_efficient.data.counter import Domain, hash_int
+from vit_efficient.model.ema import WeightAverage
+from vit_efficient.model.metrics import ClassificationMetrics
+from vit_efficient.model.optim import build_optimizer, build_schedule
+from vit_efficient.recipe.schema import OptimConfig
+
+Batch = dict[str, Any]
+
+
+def learning_rate(optim: OptimConfig, quantization: Any) -> float:
+    """Peak rate: ``optim.lr``, times ``quantization.lora.lr_scale`` where there are adapters."""
+    lora = getattr(quantization, "lora", None)
+    return optim.lr * (lora.lr_scale if lora is not None else 1.0)
+
+
+class ViTModule(L.LightningModule):
+    """Trains any image classifier that maps (B, 3, S, S) to (B, C).
+
+    Args:
+        model: the network, already quantized and swapped.
+        transforms: a module that makes (normalised images, soft targets) of a batch, on the device.
+        optim: optimizer, schedule and loss.
+        lr: peak learning rate.
+        num_classes: C.
+        steps_per_epoch: optimizer steps of one epoch, from the manifest.
+        seed: with the step, decides dropout and drop path, so that a resumed step repeats them.
+        adapters_only: checkpoint the trainable weights alone; the frozen base is rebuilt from its own file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transforms: nn.Module,
+        optim: OptimConfig,
+        *,
+        lr: float,
+        num_classes: int,
+        steps_per_epoch: int,
+        seed: int = 0,
+        adapters_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.transforms = transforms
+        self.optim = optim
+        self.lr = lr
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.adapters_only = adapters_only
+        self.strict_loading = not adapters_only
+        self.metrics = ClassificationMetrics(num_classes)
+        self.average: WeightAverage | None = None
+        self.averaged_weights = ExitStack()
+        self.last_loss: Tensor | None = None
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        if self.optim.ema is not None:
+            self.average = WeightAverage(self.model, self.optim.ema)
+        optimizer = build_optimizer(self.model, self.optim, self.lr)
+        schedule = build_schedule(optimizer, self.optim, self.steps_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of normalised images (B, 3, S, S)."""
+        return self.model(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, scaled so that the optimizer sees the mean over the whole global batch.
+
+        Lightning divides by the number of accumulated micro-batches and data parallelism by the number of ranks;
+        pieces of a global batch may differ in size by one image (and an epoch's last batch is short), so the sum over
+        this piece is divided by the true size of the global batch instead.
+        """
+        torch.manual_seed(hash_int(Domain.DROPOUT, self.seed, batch["step"], batch["micro"]))
+        images, targets = self.transforms(batch)
+        logits = self.model(images)
+        losses_B = F.cross_entropy(logits.float(), targets, reduction="none")
+        mean = (losses_B * batch["weight"]).sum() / batch["count"]
+        loss = mean * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+        self.last_loss = loss.detach()
+        return loss
+
+    def update_average(self) -> None:
+        """To be called after every optimizer step."""
+        if self.average is not None:
+            self.average.update()
+
+    def keep_average(self) -> None:
+        """Put the averaged weights, if there are any, in the place of the trained ones, for good."""
+        if self.average is not None and self.average.steps:
+            self.average.copy_to_model()
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+        if self.average is not None and self.average.steps:
+            self.averaged_weights.enter_context(self.average.applied())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, _ = self.transforms(batch)
+        self.metrics.update(self.model(images), batch["label"], batch["weight"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.averaged_weights.close()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adapters_only:
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if self.average is not None:
+            checkpoint["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._average_state = checkpoint.get("average")
+
+    def on_fit_start(self) -> None:
+        # Here the optimizer, and with it the average, exists.
+        state = getattr(self, "_average_state", None)
+        if self.average is not None and state is not None:
+            self.average.load_state_dict(state)
+        self._average_state = None

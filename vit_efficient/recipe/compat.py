@@ -1,0 +1,159 @@
+"""What works with what, on which machine: open choices made concrete, and the reasons why a recipe cannot run."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from vit_efficient.errors import Problem
+from vit_efficient.machine import Machine
+from vit_efficient.parallel.config import AutoConfig, DdpConfig, SingleConfig
+from vit_efficient.recipe.schema import Recipe
+
+MAX_WORKERS = 8
+BF16_FROM = (8, 0)  # compute capability with bfloat16 units
+
+
+def resolve(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
+    """Decide everything that the recipe leaves to the machine. Decides too where `check` then finds a problem.
+
+    Returns:
+        The recipe with concrete `strategy`, `quantization.precision` and `data.workers`, and a line for each decision.
+        A resolved recipe comes back as it is.
+    """
+    notes: list[str] = []
+
+    def decided(key: str, value: object, why: str) -> None:
+        notes.append(f"{key} = {value}: {why}")
+
+    strategy = recipe.strategy
+    if strategy.accelerator == "auto":
+        accelerator = "gpu" if machine.gpus else "cpu"
+        decided("strategy.accelerator", accelerator, f"{_gpus(machine)} here")
+        strategy = strategy.model_copy(update={"accelerator": accelerator})
+    on_gpu = strategy.accelerator == "gpu"
+    here = max(1, len(machine.gpus)) if on_gpu else 1
+
+    if isinstance(strategy, AutoConfig):
+        common = strategy.model_dump(exclude={"name"})
+        strategy = DdpConfig(**common, devices=here) if here > 1 else SingleConfig(**common)
+        decided("strategy.name", strategy.name, f"{here} device{'s' * (here > 1)}")
+    elif isinstance(strategy, DdpConfig) and strategy.devices == "auto":
+        strategy = strategy.model_copy(update={"devices": here})
+        decided("strategy.devices", here, "one process for each GPU" if on_gpu else "one process on a CPU")
+    per_node, nodes = devices(strategy)
+
+    if strategy.micro_batch is None:
+        share = max(1, recipe.data.batch_size // (per_node * nodes))
+        world = per_node * nodes
+        why = f"{recipe.data.batch_size} images over {world} devices" if world > 1 else "the whole batch"
+        strategy = strategy.model_copy(update={"micro_batch": share})
+        decided("strategy.micro_batch", share, why)
+
+    quantization = recipe.quantization
+    if quantization.precision == "auto":
+        precision, why = _precision(machine, on_gpu)
+        quantization = quantization.model_copy(update={"precision": precision})
+        decided("quantization.precision", precision, why)
+
+    data = recipe.data
+    if data.workers is None:
+        share = machine.cores // per_node
+        workers = min(MAX_WORKERS, max(0, share - 1))  # one core is left to the process that trains
+        data = data.model_copy(update={"workers": workers})
+        decided("data.workers", workers, f"{machine.cores} cores, {per_node} training process{'es' * (per_node > 1)}")
+
+    update = {"strategy": strategy, "quantization": quantization, "data": data}
+    return recipe.model_copy(update=update), notes
+
+
+def _gpus(machine: Machine) -> str:
+    return f"{len(machine.gpus) or 'no'} GPU{'s' * (len(machine.gpus) != 1)}"
+
+
+def devices(strategy: object) -> tuple[int, int]:
+    """(devices a node, nodes) of a resolved strategy."""
+    return getattr(strategy, "devices", 1), getattr(strategy, "nodes", 1)
+
+
+def _precision(machine: Machine, on_gpu: bool) -> tuple[str, str]:
+    if not on_gpu:
+        return "fp32", "on a CPU"
+    if not machine.gpus:
+        return "bf16", "there is no GPU here to ask"
+    gpu = min(machine.gpus, key=lambda gpu: gpu.capability)
+    precision = "bf16" if gpu.capability >= BF16_FROM else "fp16"
+    return precision, f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}"
+
+
+def check(recipe: Recipe, machine: Machine) -> list[Problem]:
+    """Every reason why this machine cannot run the recipe; empty if it can.
+
+    Knows no model: what depends on it (head width, layers that `keep` matches) is found when it is built.
+    """
+    recipe, _ = resolve(recipe, machine)
+    problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe)]
+    if recipe.strategy.accelerator == "gpu" and not machine.gpus:
+        return problems  # what the parts would say is the same again
+    device: Literal["cuda", "cpu"] = "cuda" if recipe.strategy.accelerator == "gpu" else "cpu"
+    precision = recipe.quantization.precision
+    problems += _refused("attention", recipe.attention.refusal(machine, precision, device=device))
+    problems += _refused("quantization", recipe.quantization.refusal(machine, precision, device))
+    if recipe.optim.name == "adamw8bit" and machine.version("bitsandbytes") is None:
+        message = "adamw8bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
+        problems.append(Problem("optim.name", message))
+    return problems
+
+
+def _refused(section: str, reason: str | None) -> list[Problem]:
+    """A part's refusal as a problem. Refusals name a key first (``attention: flash2``, ``quantization.lora``)."""
+    if reason is None:
+        return []
+    named = re.match(rf"`?({section}[\w.]*)(?:=|: )(\w+)`?(.*)", reason, re.DOTALL)
+    return [Problem(named[1], named[2] + named[3]) if named else Problem(section, reason)]
+
+
+def _devices(recipe: Recipe, machine: Machine) -> list[Problem]:
+    strategy = recipe.strategy
+    if strategy.accelerator == "gpu" and not machine.gpus:
+        message = "is gpu, and there is no GPU that torch can use"
+        if machine.driver:
+            message += f" (the driver is {machine.driver}: this torch may be built for a newer one)"
+        message += ". Take strategy.accelerator=cpu, or another machine"
+        return [Problem("strategy.accelerator", message)]
+    per_node, _ = devices(strategy)
+    if strategy.accelerator == "gpu" and per_node > len(machine.gpus):
+        message = f"is {per_node}, and this machine has {_gpus(machine)}"
+        return [Problem("strategy.devices", message, allowed=f"1 to {len(machine.gpus)}, or auto")]
+    return []
+
+
+def _batch(recipe: Recipe) -> list[Problem]:
+    per_node, nodes = devices(recipe.strategy)
+    world, batch, micro = per_node * nodes, recipe.data.batch_size, recipe.strategy.micro_batch
+    assert micro is not None, "resolve() makes it concrete"
+    if batch % world:
+        near = f"{batch - batch % world or world} or {batch + world - batch % world}"
+        message = f"is {batch}, which {world} devices cannot share equally; the nearest that they can: {near}"
+        return [Problem("data.batch_size", message)]
+    share = batch // world
+    if share % micro:
+        each = f"{share} images that each of {world} devices has" if world > 1 else f"{share} images"
+        message = f"is {micro}, which does not divide the {each} of data.batch_size={batch}"
+        return [Problem("strategy.micro_batch", message, allowed=", ".join(map(str, _divisors(share))))]
+    return []
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _data(recipe: Recipe) -> list[Problem]:
+    data = recipe.data
+    if data.shards or data.eval_shards or data.source.name == "digits":
+        return []
+    message = (
+        f"is not set, and {data.source.name} does not prepare itself: "
+        f"`python -m vit_efficient.prepare {data.source.name} --out DIR`, then data.shards=DIR"
+    )
+    return [Problem("data.shards", message)]

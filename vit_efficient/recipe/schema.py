@@ -1,0 +1,109 @@
+"""The Recipe: everything that decides what a run does, in one typed, immutable object.
+
+`variant` (attention, quantization) is what a study compares, `protocol` (model, data, augment, optim) what it holds
+equal, `hardware` (strategy) what depends on the machine; `checkpoint` and `run` are housekeeping.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+
+from vit_efficient.attention.config import AttentionConfig
+from vit_efficient.config import Config
+from vit_efficient.data.config import AugmentConfig, DataConfig
+from vit_efficient.parallel.config import AutoConfig, StrategyConfig
+from vit_efficient.quantization.config import QuantizationConfig
+
+VARIANT_SECTIONS = ("attention", "quantization")
+PROTOCOL_SECTIONS = ("model", "data", "augment", "optim")
+HARDWARE_SECTIONS = ("strategy",)
+HOUSE_SECTIONS = ("checkpoint", "run")
+
+
+class ModelConfig(Config):
+    name: str = Field(description="A timm model of the ViT family, for example `vit_large_patch16_224`.")
+    weights: str | None = Field(
+        None,
+        description="A local `.safetensors` or `.pth` file, `timm` or `timm:TAG` for pretrained weights of the hub, "
+        "or nothing: random initial weights.",
+    )
+    image_size: PositiveInt | None = Field(None, description="Pixels a side. Unset: the model's own.")
+    num_classes: PositiveInt | None = Field(None, description="Unset: as many as the data has.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to `timm.create_model`.")
+
+
+class OptimConfig(Config):
+    name: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="`adamw8bit` keeps its states in 8 bits (bitsandbytes)."
+    )
+    lr: PositiveFloat = Field(description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate that the cosine ends at.")
+    weight_decay: float = Field(0.05, ge=0, description="Not applied to norms, biases and position embeddings.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging factors.")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="Learning-rate factor from each block to the one before it."
+    )
+    epochs: PositiveInt = Field(description="Passes over the training set.")
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up; counted in steps, from the manifest.")
+    clip: float | None = Field(None, gt=0, description="Largest gradient norm; unset: no clipping.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of the weights' moving average, which is then what is evaluated."
+    )
+
+    @field_validator("min_lr")
+    @classmethod
+    def _below_peak(cls, min_lr: float, info: ValidationInfo) -> float:
+        if min_lr > info.data.get("lr", min_lr):
+            raise ValueError(f"is {min_lr:g}, above the peak optim.lr={info.data['lr']:g}")
+        return min_lr
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _within_run(cls, warmup: float, info: ValidationInfo) -> float:
+        if warmup > info.data.get("epochs", warmup):
+            raise ValueError(f"is {warmup:g}, longer than the whole run: optim.epochs={info.data['epochs']}")
+        return warmup
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"must be two numbers of at least 0 and below 1, got {list(betas)}")
+        return betas
+
+
+class CheckpointConfig(Config):
+    every_steps: PositiveInt | None = Field(
+        None, description="Save every so many optimizer steps, besides every epoch's end."
+    )
+    every_minutes: PositiveFloat | None = Field(
+        15.0, description="Save when the last checkpoint is so many minutes old, at the end of a step."
+    )
+    keep: PositiveInt = Field(
+        1, description="How many of the newest checkpoints to keep; the best one is kept besides."
+    )
+
+
+class RunConfig(Config):
+    dir: Path | None = Field(None, description="The run's own folder. Unset: `runs/<recipe>-<protocol>-<time>`.")
+    seed: NonNegativeInt = Field(0, description="Decides initial weights, sample order and augmentation.")
+    log_every: PositiveInt = Field(10, description="Optimizer steps between two points in TensorBoard.")
+    deterministic: bool = Field(False, description="Deterministic GPU algorithms; slower, bit-for-bit repeatable.")
+
+
+class Recipe(Config):
+    variant: str = Field("", description="Name of the variant file, without folder and suffix; set by the loader.")
+    protocol: str = Field("", description="Name of the protocol file, likewise.")
+    attention: AttentionConfig
+    quantization: QuantizationConfig
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    optim: OptimConfig
+    strategy: StrategyConfig = Field(default_factory=AutoConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
