@@ -55,7 +55,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     loaded = load_recipe(name, options.overrides)
     recipe, notes = resolve(loaded.recipe, machine)
     for note in [*loaded.notes, *notes]:
-        console.print(f"[bold]{'resolved':>13}[/]  {note}")
+        console.print(f"[bold]{'resolved':>13}[/]  {note}", soft_wrap=True)
     if problems := check(recipe, machine):
         raise RecipeError(problems)
     if path is None and not (recipe.model.weights or getattr(recipe.quantization, "base", None)):
@@ -66,7 +66,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     subject = from_checkpoint(path, recipe, data.num_classes) if path else from_weights(recipe, data.num_classes)
     data.image = subject.image
     for line in subject.lines:
-        console.print(f"[bold]{'model':>13}[/]  {line}")
+        console.print(f"[bold]{'model':>13}[/]  {line}", soft_wrap=True)
     transforms = build_transforms(recipe, subject.image, data.num_classes)
     ready = time.monotonic()
     figures, device_bytes, device = evaluate_model(subject.model, data, transforms, recipe)

@@ -57,7 +57,7 @@ def load(options: argparse.Namespace, machine: Machine, console: Console) -> Rec
     loaded = load_recipe(name, options.overrides)
     recipe, notes = resolve(loaded.recipe, machine)
     for note in [*loaded.notes, *notes]:
-        console.print(f"[bold]{'resolved':>13}[/]  {note}")
+        console.print(f"[bold]{'resolved':>13}[/]  {note}", soft_wrap=True)
     return recipe
 
 
@@ -128,7 +128,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     seconds = base.seconds if base else 0.0
     metrics = {**result.metrics, "base_seconds": seconds}
     print_result(console, title, metrics, seconds)
-    console.print(f"run folder   {run.path}\nmodel file   {run.model}\nwatch it     tensorboard --logdir {run.path.parent}")
+    console.print(f"run folder   {run.path}\nmodel file   {run.model}\nwatch it     tensorboard --logdir {run.path.parent}", soft_wrap=True)
     if options.output is not None:
         write_json(options.output, metrics)
 

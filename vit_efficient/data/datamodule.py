@@ -131,6 +131,11 @@ class ViTDataModule(lightning.LightningDataModule):
         """Batches that `train_dataloader` gives each rank in a full epoch."""
         return self.steps_per_epoch * self.accumulate(world)
 
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that training has spent waiting for batches so far."""
+        return self._train_loader.wait_seconds if self._train_loader is not None else 0.0
+
     def accumulate(self, world: int | None = None) -> int:
         """Micro-batches of one optimizer step on each of `world` ranks (None: as many as the trainer has).
 

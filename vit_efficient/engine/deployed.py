@@ -14,11 +14,9 @@ from vit_efficient.attention.config import AttentionConfig
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine.checkpoint import atomic_write
 from vit_efficient.errors import CheckpointError
-from vit_efficient.model.build import build_plain
-from vit_efficient.quantization.deploy import deployed_state, load_deployed
+from vit_efficient.model.build import build_plain, compute_dtype
+from vit_efficient.quantization.deploy import FORMAT, deployed_state, load_deployed
 from vit_efficient.recipe.schema import Recipe
-
-FORMAT = "vit_efficient-1"
 
 
 @dataclass
@@ -38,9 +36,8 @@ def save_deployed(path: Path, model: nn.Module, recipe: Recipe, class_names: lis
     Returns:
         The file's size in bytes.
     """
-    tensors, scheme = deployed_state(model)
+    tensors, scheme = deployed_state(model, compute_dtype(recipe))
     description = {
-        "format": FORMAT,
         "recipe": recipe.model_dump_json(),
         "class_names": json.dumps(class_names),
         **scheme,
@@ -67,9 +64,9 @@ def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deploy
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"Cannot read the model file {path}: {error}. It is damaged or not safetensors.") from error
-    if description.get("format") != FORMAT:
+    if description.get("format") != FORMAT or "recipe" not in description:
         raise CheckpointError(
-            f"{path} is not a deployed model of this package (format {description.get('format')!r}, wanted {FORMAT!r}). "
+            f"{path} is not a model that this package deployed (format {description.get('format')!r}, not {FORMAT!r}). "
             "Plain weights are given as `model.weights=`."
         )
     recipe = Recipe.model_validate_json(description.pop("recipe"))

@@ -69,11 +69,11 @@ def describe(console: Console, recipe: Recipe, built: Built, data: ViTDataModule
         ("runs on", where),
     ]  # fmt: skip
     for what, text in rows:
-        console.print(f"[bold]{what:>13}[/]  {text}", highlight=False)
+        console.print(f"[bold]{what:>13}[/]  {text}", highlight=False, soft_wrap=True)
     for line in built.report.lines():
-        console.print(f"[bold]{'quantization':>13}[/]  {line}", highlight=False)
+        console.print(f"[bold]{'quantization':>13}[/]  {line}", highlight=False, soft_wrap=True)
     lora = getattr(recipe.quantization, "lora", None)
     if lora is not None and lora.lr_scale != 1:
         console.print(f"[bold]{'':>13}[/]  adapters learn at optim.lr x {lora.lr_scale:g} (quantization.lora.lr_scale)")
     for note in built.notes:
-        console.print(f"[bold]{'note':>13}[/]  {note}", highlight=False)
+        console.print(f"[bold]{'note':>13}[/]  {note}", highlight=False, soft_wrap=True)

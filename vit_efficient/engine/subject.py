@@ -15,7 +15,7 @@ from vit_efficient.engine.deployed import load_file
 from vit_efficient.engine.resume import differing_keys
 from vit_efficient.engine.rundir import MODEL, RunDir
 from vit_efficient.errors import CheckpointError
-from vit_efficient.model.build import build_model
+from vit_efficient.model.build import build_model, compute_dtype
 from vit_efficient.quantization.deploy import deployed_state
 from vit_efficient.recipe.schema import Recipe
 
@@ -106,5 +106,5 @@ def from_weights(recipe: Recipe, num_classes: int) -> Subject:
 
 def _finalized(model: nn.Module, recipe: Recipe, image: ImageSpec, parameters: int, lines: list[str]) -> Subject:
     recipe.quantization.finalize(model)
-    tensors, _ = deployed_state(model)
+    tensors, _ = deployed_state(model, compute_dtype(recipe))
     return Subject(model.eval(), image, parameters, sum(t.nbytes for t in tensors.values()), lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from vit_efficient.config import Config
 from vit_efficient.quantization.base import PRECISION, LoraConfig, Precision, Report, precision_refusal
@@ -27,6 +27,13 @@ class NoneConfig(Config):
         description="Checkpoint, run folder or weight file that the adapters start from. Unset: `model.weights`, "
         "or else the protocol's own fp32 base, trained once.",
     )
+
+    @field_validator("base")
+    @classmethod
+    def _needs_adapters(cls, base: str | None, info: ValidationInfo) -> str | None:
+        if base is not None and info.data.get("lora") is None:
+            raise ValueError("is what adapters start from, and quantization.lora is unset; to train on, set model.weights")
+        return base
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
         """Without `lora`, nothing. With it: freeze the model, its linear layers in `compute_dtype`, and add adapters.

@@ -105,6 +105,23 @@ def check(recipe: Recipe, machine: Machine) -> list[Problem]:
     return problems
 
 
+def caveats(recipe: Recipe, machine: Machine) -> list[str]:
+    """What is known to disappoint on this machine although it runs; a line each."""
+    recipe, _ = resolve(recipe, machine)
+    lines = []
+    if recipe.quantization.name == "int4":
+        lines.append("4-bit weights make a model smaller, not faster: they are unpacked for every product")
+    old = min(machine.gpus, key=lambda gpu: gpu.capability, default=None)
+    if (
+        recipe.quantization.name == "int8"
+        and recipe.strategy.accelerator == "gpu"
+        and old
+        and old.capability < BF16_FROM
+    ):
+        lines.append(f"int8 makes a model smaller on {old.name}, not faster")
+    return lines
+
+
 def _refused(section: str, reason: str | None) -> list[Problem]:
     """A part's refusal as a problem. Refusals name a key first (``attention: flash2``, ``quantization.lora``)."""
     if reason is None:
@@ -152,8 +169,6 @@ def _data(recipe: Recipe) -> list[Problem]:
     data = recipe.data
     if data.shards or data.eval_shards or data.source.name == "digits":
         return []
-    message = (
-        f"is not set, and {data.source.name} does not prepare itself: "
-        f"`python -m vit_efficient.prepare {data.source.name} --out DIR`, then data.shards=DIR"
-    )
+    command = f"python -m vit_efficient.prepare {data.source.name} ... --out DIR"
+    message = f"is not set, and only digits prepares itself: make shards with `{command}` and set data.shards=DIR"
     return [Problem("data.shards", message)]

@@ -146,7 +146,7 @@ def _problem(detail: ErrorDetails, path: Path, info: FieldInfo | None, raw: Mapp
         names, noun = ", ".join(section.names), NOUNS.get(path[-1], path[-1])
         if kind == "union_tag_not_found":
             return Problem(f"{key}.name", f"{ABSENT}: it says which {noun}", origin, names)
-        near = difflib.get_close_matches(str(value), section.names, 1, 0.5)
+        near = difflib.get_close_matches(str(value), section.names, 1)
         return Problem(f"{key}.name", f"unknown {noun} {value!r}", origin, names, near[0] if near else "")
     if kind == "missing":
         what = "" if section or info is None else f"; it must be {expected(info)}"
@@ -172,9 +172,11 @@ def _mended(info: FieldInfo, value: Any) -> str:
         return str(int(value))
     if "text" in takes and isinstance(value, int | float):
         return f'"{value}"'
+    if "true or false" in takes and str(value).lower() in ("yes", "on", "no", "off"):
+        return "true" if str(value).lower() in ("yes", "on") else "false"
     if "one of" in takes and isinstance(value, str):
         options = takes.replace(" or null", "").partition("one of ")[2].split(", ")
-        return next(iter(difflib.get_close_matches(value, options, 1, 0.5)), "")
+        return next(iter(difflib.get_close_matches(value, options, 1)), "")
     return ""
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic.fields import FieldInfo
 
 from vit_efficient.config import Config
@@ -134,15 +133,16 @@ def _english(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _bounds(metadata: list[Any], *, whole: bool) -> str:
-    low, high = "", ""
+    """`` from 0 to 1``, `` of at least 0 and below 1``, `` above 0``, or nothing."""
+    bounds: dict[str, Any] = {}
     for item in metadata:
-        match item:
-            case annotated_types.Gt(gt=bound):
-                low = f"of at least {bound + 1}" if whole else f"above {bound}"  # type: ignore[operator]
-            case annotated_types.Ge(ge=bound):
-                low = f"of at least {bound}"
-            case annotated_types.Lt(lt=bound):
-                high = f"below {bound}"
-            case annotated_types.Le(le=bound):
-                high = f"at most {bound}"
-    return " " + " and ".join(filter(None, (low, high))) if low or high else ""
+        for word in ("gt", "ge", "lt", "le"):
+            if hasattr(item, word):
+                bounds[word] = getattr(item, word)
+    if whole and "gt" in bounds:
+        bounds["ge"] = bounds.pop("gt") + 1
+    if "ge" in bounds and "le" in bounds:
+        return f" from {bounds['ge']} to {bounds['le']}"
+    words = {"gt": "above {}", "ge": "of at least {}", "lt": "below {}", "le": "of at most {}"}
+    said = [text.format(bounds[word]) for word, text in words.items() if word in bounds]
+    return f" {' and '.join(said)}" if said else ""

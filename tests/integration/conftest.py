@@ -1,0 +1,68 @@
+"""What the integration tests share: real commands in real processes, on a digits run small enough for a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "model.kwargs={patch_size: 8, depth: 2, embed_dim: 48, num_heads: 3}", "data.batch_size=128", "data.workers=1",
+    "optim.epochs=3", "optim.warmup_epochs=1", "optim.ema=0.9",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where digits are prepared, once for all tests."""
+    return Path(os.environ.get("VIT_EFFICIENT_CACHE") or tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def start(tmp_path: Path, cache: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `python -m vit_efficient.COMMAND ...` in an empty folder; what still runs afterwards is killed."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(command: str, *words: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "160",
+            "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"vit_efficient.{command}", *words],
+            cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
+    """Runs a command to its end and returns what it printed; fails unless it exits with ``code``."""
+
+    def run(name: str, *words: str, code: int = 0) -> str:
+        process = start(name, *words)
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == code, printed
+        if code == 2:
+            assert "Traceback" not in printed
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def small() -> Sequence[str]:
+    """Overrides that make a digits run a matter of seconds: 3 epochs of 12 steps."""
+    return SMALL
