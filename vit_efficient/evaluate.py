@@ -1,7 +1,7 @@
 """Evaluate a trained run, or a pretrained model quantized without training.
 
-    python -m vit_efficient.evaluate --recipe int8_sdpa --checkpoint runs/int8_sdpa-digits-...
-    python -m vit_efficient.evaluate --recipe int8_sdpa model.name=vit_tiny_patch16_224 model.weights=W data.eval_shards=D
+python -m vit_efficient.evaluate --recipe int8_sdpa --checkpoint runs/int8_sdpa-digits-...
+python -m vit_efficient.evaluate --recipe int8_sdpa model.name=vit_tiny_patch16_224 model.weights=W data.eval_shards=D
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     if problems := check(recipe, machine):
         raise RecipeError(problems)
     if path is None and not (recipe.model.weights or getattr(recipe.quantization, "base", None)):
-        raise UserError("There is nothing to evaluate: give `--checkpoint` (a run's folder) or `model.weights=` (a file).")
+        raise UserError(
+            "There is nothing to evaluate: give `--checkpoint` (a run's folder) or `model.weights=` (a file)."
+        )
 
     started = time.monotonic()
     data = build_data(recipe)

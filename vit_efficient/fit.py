@@ -1,13 +1,12 @@
 """Train a variant under a protocol.
 
-    python -m vit_efficient.fit --recipe recipes/int8_sdpa.yaml [key=value ...]
+python -m vit_efficient.fit --recipe recipes/int8_sdpa.yaml [key=value ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import sys
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from vit_efficient.cli import base_parser, run_command
 from vit_efficient.errors import RecipeError, UserError
-from vit_efficient.machine import Machine, detect
+from vit_efficient.machine import Machine, detect, rank
 from vit_efficient.recipe.compat import check, resolve
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -29,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     words = base_parser(
         "fit", "Train a variant under a protocol, evaluate what it would ship, and keep it all.", required=False
     )
-    words.add_argument("--dry-run", action="store_true", help="show the resolved recipe, sizes and memory; train nothing")
+    words.add_argument(
+        "--dry-run", action="store_true", help="show the resolved recipe, sizes and memory; train nothing"
+    )
     words.add_argument(
         "--resume",
         default="none",
@@ -109,7 +110,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
         print_result(console, title, json.loads(run.metrics.read_text(encoding="utf-8")))
         return
     if checkpoint is None:
-        run.check_new()
+        run.check_new(again=options.resume == "auto")
         if options.resume == "auto":
             console.print(f"[bold]{'resume':>13}[/]  nothing to go on from: a new run begins")
     else:
@@ -117,9 +118,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     try:
         base = ensure_base(recipe, machine, console) if has_adapters(recipe) else None
         console.print(f"[bold]{'run':>13}[/]  {run.path}")
-        result = train(
-            recipe, machine, run, console, base=base.weights if base else None, resume=checkpoint
-        )
+        result = train(recipe, machine, run, console, base=base.weights if base else None, resume=checkpoint)
     except StopRun as stop:
         again = shlex.join(["python", "-m", "vit_efficient.fit", "--resume", str(stop.checkpoint.parent.parent)])
         console.print(f"\nStopped by {stop.reason}; everything is saved in {stop.checkpoint}.\nGo on with:\n  {again}")
@@ -128,7 +127,10 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     seconds = base.seconds if base else 0.0
     metrics = {**result.metrics, "base_seconds": seconds}
     print_result(console, title, metrics, seconds)
-    console.print(f"run folder   {run.path}\nmodel file   {run.model}\nwatch it     tensorboard --logdir {run.path.parent}", soft_wrap=True)
+    console.print(
+        f"run folder   {run.path}\nmodel file   {run.model}\nwatch it     tensorboard --logdir {run.path.parent}",
+        soft_wrap=True,
+    )
     if options.output is not None:
         write_json(options.output, metrics)
 
@@ -136,8 +138,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; raises UserError for what the user can mend."""
     options = parser().parse_intermixed_args(argv)
-    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-    fit(options, Console(quiet=rank > 0, highlight=False))
+    fit(options, Console(quiet=rank() > 0, highlight=False))
 
 
 if __name__ == "__main__":

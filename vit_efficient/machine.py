@@ -54,6 +54,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def rank() -> int:
+    """This process's number among all of a run, as its launcher (Lightning, torchrun, Slurm) says; 0 if alone."""
+    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
+
+
 def driver_version() -> str:
     """The NVIDIA kernel driver's version, or an empty string."""
     try:

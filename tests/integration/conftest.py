@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SMALL = (
-    "model.kwargs={patch_size: 8, depth: 2, embed_dim: 48, num_heads: 3}", "data.batch_size=128", "data.workers=1",
+    "model.kwargs={patch_size: 8, depth: 2, embed_dim: 48, num_heads: 3}", "data.batch_size=128",
     "optim.epochs=3", "optim.warmup_epochs=1", "optim.ema=0.9",
 )  # fmt: skip
 

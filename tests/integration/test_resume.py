@@ -51,13 +51,14 @@ def assert_same(a: Path, b: Path) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-RECIPE = ("--recipe", "int8_sdpa", "checkpoint.every_steps=1", "run.log_every=5")
+RECIPE = ("--recipe", "int8_sdpa", "run.log_every=5", "model.kwargs.drop_path_rate=0.1")
+EVERY = "checkpoint.every_steps=1"
 
 
 @pytest.fixture
 def straight(command: Command, small: Sequence[str], tmp_path: Path) -> Path:
     """The same run, never interrupted."""
-    command("fit", *RECIPE, *small, "model.kwargs.drop_path_rate=0.1", "run.dir=straight", "data.audit=straight.txt")
+    command("fit", *RECIPE, *small, "run.dir=straight", "data.audit=straight.txt")
     return tmp_path / "straight"
 
 
@@ -78,10 +79,12 @@ def check_samples(straight: Path, resumed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_three_times(start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path) -> None:
+def test_killed_three_times(
+    start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path
+) -> None:
     steps = sorted(random.SystemRandom().sample(range(1, 36), 3))
     print("killed after steps", steps)
-    words = (*RECIPE, *small, "model.kwargs.drop_path_rate=0.1", "run.dir=killed", "data.audit=killed.txt", "--resume", "auto")
+    words = (*RECIPE, *small, EVERY, "run.dir=killed", "data.audit=killed.txt", "--resume", "auto")
     for step in steps:
         process = start("fit", *words)
         wait_for_step(process, tmp_path / "killed.txt", step)
@@ -94,8 +97,10 @@ def test_killed_three_times(start: Start, command: Command, small: Sequence[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 12, 24])  # inside an epoch, and at the ends of two
-def test_interrupted(start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, step: int) -> None:
-    words = (*RECIPE, *small, "model.kwargs.drop_path_rate=0.1", "checkpoint.every_steps=null", "run.dir=stopped", "data.audit=stopped.txt")
+def test_interrupted(
+    start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, step: int
+) -> None:
+    words = (*RECIPE, *small, "run.dir=stopped", "data.audit=stopped.txt")
     process = start("fit", *words)
     wait_for_step(process, tmp_path / "stopped.txt", step)
     process.send_signal(signal.SIGINT)
@@ -113,7 +118,7 @@ def test_resumed_with_accumulation(
     start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path
 ) -> None:
     """Another micro-batch continues with the same samples in each global batch."""
-    words = (*RECIPE, *small, "model.kwargs.drop_path_rate=0.1", "run.dir=other", "data.audit=other.txt")
+    words = (*RECIPE, *small, "run.dir=other", "data.audit=other.txt")
     process = start("fit", *words)
     wait_for_step(process, tmp_path / "other.txt", 17)
     process.send_signal(signal.SIGTERM)

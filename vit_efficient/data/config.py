@@ -30,7 +30,8 @@ class DataConfig(Config):
         None, description="Images that one device evaluates at once. Unset: as many as it trains on at once."
     )
     workers: NonNegativeInt | None = Field(
-        None, description="Loader processes per device. Unset: one less than the device's share of the cores, 8 at most."
+        None,
+        description="Loader processes per device. Unset: one less than the device's share of the cores, 8 at most.",
     )
     eval_resize: PositiveInt | None = Field(
         None,

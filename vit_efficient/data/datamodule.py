@@ -19,7 +19,7 @@ from vit_efficient.data.stream import Layout, SampleStream
 from vit_efficient.data.transforms import EvalTransform, TrainTransform
 from vit_efficient.errors import CheckpointError, DataError, RecipeError
 
-_OPEN_FILES = 512  # half of the usual limit of a process
+_OPEN_FILES = 256  # each takes two descriptors; 1,024 is the usual limit of a process
 
 
 class ViTDataModule(lightning.LightningDataModule):
@@ -130,11 +130,6 @@ class ViTDataModule(lightning.LightningDataModule):
     def micro_batches_per_epoch(self, world: int | None = None) -> int:
         """Batches that `train_dataloader` gives each rank in a full epoch."""
         return self.steps_per_epoch * self.accumulate(world)
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds that training has spent waiting for batches so far."""
-        return self._train_loader.wait_seconds if self._train_loader is not None else 0.0
 
     def accumulate(self, world: int | None = None) -> int:
         """Micro-batches of one optimizer step on each of `world` ranks (None: as many as the trainer has).

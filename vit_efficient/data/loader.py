@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch.utils.data import DataLoader
 
 from vit_efficient.data.stream import Batch, Failure, SampleStream, init_worker
@@ -135,6 +136,7 @@ def _torch_loader(stream: SampleStream, workers: Workers, *, persistent: bool) -
         pin_memory=workers.pin_memory,
         worker_init_fn=init_worker,
         persistent_workers=persistent and workers.number > 0,
+        generator=torch.Generator(),  # or each new iterator would draw from the global one
     )
 
 

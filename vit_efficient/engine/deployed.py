@@ -63,7 +63,9 @@ def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deploy
             description = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"Cannot read the model file {path}: {error}. It is damaged or not safetensors.") from error
+        raise CheckpointError(
+            f"Cannot read the model file {path}: {error}. It is damaged or not safetensors."
+        ) from error
     if description.get("format") != FORMAT or "recipe" not in description:
         raise CheckpointError(
             f"{path} is not a model that this package deployed (format {description.get('format')!r}, not {FORMAT!r}). "

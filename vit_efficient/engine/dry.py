@@ -51,11 +51,13 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
             lines = built.report.lines()
             table.add_row("parameters", f"{count(built.parameters)} ({built.parameters:,})")
             table.add_row("trained", f"{count(built.trainable)} ({built.trainable:,})")
-            table.add_row("quantized", f"{count(built.report.quantized_parameters)} ({built.report.quantized_parameters:,})")
+            table.add_row(
+                "quantized", f"{count(built.report.quantized_parameters)} ({built.report.quantized_parameters:,})"
+            )
             assert recipe.strategy.micro_batch is not None
             needed = estimate(
                 built.model,
-                built.blocks,
+                list(built.blocks),
                 image_size=built.image.size,
                 dtype=compute_dtype(recipe),
                 micro_batch=recipe.strategy.micro_batch,
@@ -67,7 +69,11 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
             for what, number in needed.rows():
                 table.add_row(what, size(number))
             table.add_row("estimated GPU memory", f"[bold]{size(needed.total)}[/] a device")
-            if machine.gpus and recipe.strategy.accelerator == "gpu" and needed.total > min(g.memory for g in machine.gpus):
+            if (
+                machine.gpus
+                and recipe.strategy.accelerator == "gpu"
+                and needed.total > min(g.memory for g in machine.gpus)
+            ):
                 reasons.append(
                     f"it needs about {size(needed.total)} and the GPU has {size(min(g.memory for g in machine.gpus))}: "
                     "lower `strategy.micro_batch`, or set `strategy.checkpointing=true`"

@@ -192,7 +192,6 @@ class RunLoop(L.Callback):
         self.position = Position(**own["position"])
         self.clock = Clock(**own["clock"])
         self.best, self.history = dict(own["best"]), list(own["history"])
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
         micro = pl_module.steps_per_epoch * self.accumulate
         write_loops(checkpoint["loops"], self.position, pl_module.steps_per_epoch, self.accumulate, micro)
 

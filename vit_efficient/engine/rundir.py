@@ -62,25 +62,40 @@ class RunDir:
         """The newest whole checkpoint."""
         return newest_checkpoint(self.checkpoints)
 
-    def check_new(self) -> None:
-        """Raises:
-        UserError: a run is there already.
-        """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(
-                f"{self.path} already exists, and a run is never overwritten.\n"
-                f"  Continue it with `--resume {self.path}`, or choose another `run.dir`."
-            )
+    @property
+    def begun(self) -> bool:
+        """Whether this is the folder of a run that ended before its first checkpoint: nothing in it can be lost."""
+        own = {RECIPE, ENVIRONMENT, "checkpoints", "tensorboard"}
+        if not self.recipe.is_file() or {p.name for p in self.path.iterdir()} - own:
+            return False
+        return self.last_checkpoint() is None
 
-    def create(self) -> None:
-        """Make the folder.
+    def check_new(self, *, again: bool = False) -> None:
+        """See that no run would be overwritten.
+
+        Args:
+            again: whether a run that ended before its first checkpoint may begin again here.
 
         Raises:
-            UserError: a run is there already, or the folder cannot be made.
+            UserError: a run is there already.
         """
-        self.check_new()
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())) or (again and self.begun):
+            return
+        raise UserError(
+            f"{self.path} already exists, and a run is never overwritten.\n"
+            f"  Continue it with `--resume {self.path}`, or choose another `run.dir`."
+        )
+
+    def create(self) -> None:
+        """Make the folder; what a killed run had half written is cleared away.
+
+        Raises:
+            UserError: it cannot be made.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for half in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+                half.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"Cannot make the run folder {self.path}: {error}. Set `run.dir` to another.") from error
 

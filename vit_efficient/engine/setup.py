@@ -64,8 +64,8 @@ def describe(console: Console, recipe: Recipe, built: Built, data: ViTDataModule
         ("data", f"{data.train_images:,} images to train on, {data.eval_manifest.samples:,} to evaluate on; "
                  f"{class_balance(data.class_counts, data.class_names)}"),
         ("attention", recipe.attention.name),
-        ("optimizer", f"{recipe.optim.name}, rate {rate:g}, {recipe.optim.epochs} epochs of {data.steps_per_epoch} steps, "
-                      f"batch {recipe.data.batch_size}"),
+        ("optimizer", f"{recipe.optim.name}, rate {rate:g}, {recipe.optim.epochs} epochs of "
+                      f"{data.steps_per_epoch} steps, batch {recipe.data.batch_size}"),
         ("runs on", where),
     ]  # fmt: skip
     for what, text in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,8 +55,10 @@ def find(target: str) -> tuple[Path, Path | None]:
 
 def _must_match(saved: Recipe, now: Recipe, path: Path) -> None:
     """What makes the model must agree; data, hardware and attention kernel may differ."""
-    owned = {"model": {"name", "image_size", "kwargs"}, "quantization": True}
-    a, b = (r.model_dump(mode="json", include=owned, exclude={"quantization": {"precision", "base"}}) for r in (saved, now))
+    owned: Any = {"model": {"name", "image_size", "kwargs"}, "quantization": True}
+    a, b = (
+        r.model_dump(mode="json", include=owned, exclude={"quantization": {"precision", "base"}}) for r in (saved, now)
+    )
     if rows := differing_keys(a, b):
         raise CheckpointError(
             f"{path} belongs to another recipe:\n" + "\n".join(f"    {row}" for row in rows) + "\n"

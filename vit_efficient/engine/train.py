@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.data.device import DeviceTransforms
+from vit_efficient.engine.audit import Audit
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.evaluation import evaluate_model
@@ -23,7 +23,7 @@ from vit_efficient.engine.resume import check_same_recipe
 from vit_efficient.engine.rundir import RunDir, write_json, write_text
 from vit_efficient.engine.setup import build_data, build_transforms, describe
 from vit_efficient.engine.trainer import accumulate, build_trainer, quiet
-from vit_efficient.machine import Machine
+from vit_efficient.machine import Machine, rank
 from vit_efficient.measure.record import environment
 from vit_efficient.model.build import Built, build_model
 from vit_efficient.model.module import ViTModule, learning_rate
@@ -42,9 +42,7 @@ class Result:
 
 def make_module(recipe: Recipe, built: Built, data: ViTDataModule, transforms: DeviceTransforms) -> ViTModule:
     """The LightningModule of a recipe, its blocks prepared for training."""
-    prepare_blocks(
-        built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile
-    )
+    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
     return ViTModule(
         built.model,
         transforms,
@@ -75,7 +73,8 @@ def train(
     Args:
         recipe: resolved for this machine.
         machine: where this is.
-        run: its folder: to be made, or, with ``resume``, the one that the checkpoint lies in.
+        run: its folder, which the caller has seen to be free (`RunDir.check_new`), or, with ``resume``, the one that
+            the checkpoint lies in.
         console: where people read.
         base: weights that adapters start from, in place of ``model.weights``.
         resume: checkpoint to go on from.
@@ -88,8 +87,6 @@ def train(
     plain = recipe.model_dump(mode="json")
     if resume is not None:  # before anything is built: a wrong checkpoint is known at once
         check_same_recipe(read_checkpoint(resume)["vit_efficient"]["recipe"], plain, str(resume))
-    else:
-        run.check_new()
     data = build_data(recipe)
     torch.manual_seed(recipe.run.seed)
     built = build_model(recipe, data.num_classes, base=base)
@@ -98,22 +95,24 @@ def train(
     describe(console, recipe, built, data)
     module = make_module(recipe, built, data, transforms)
 
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
+        run.create()
         if resume is None:
-            run.create()
             write_text(run.recipe, dump_recipe(recipe))
         write_json(run.environment, environment(machine))
     loop = RunLoop(run, recipe.checkpoint, plain, accumulate(recipe))
     loop.resumed_from = resume
     callbacks: list[Any] = [loop, Monitor(loop, recipe.run.log_every, data.class_names)]
     callbacks.append(ConsoleProgress(loop, console, recipe.optim.epochs))
+    if recipe.data.audit is not None:
+        callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run
     trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     peak = peak_memory_bytes(module.device)
 
     module.keep_average()
     model = built.model.cpu()
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         save_deployed(run.model, model, recipe, data.class_names)
     _barrier()
     deployed = load_file(run.model)
@@ -140,7 +139,7 @@ def train(
         "class_counts": dict(zip(data.class_names, data.class_counts, strict=True)),
         "history": loop.history,
     }
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         write_json(run.metrics, metrics)
     return Result(run, metrics)
 

@@ -15,7 +15,7 @@ from vit_efficient.machine import Machine
 
 
 def commit() -> str | None:
-    """The git commit that the package's own checkout is at, with ``+changes`` where files differ; None if no checkout."""
+    """The git commit of the package's own checkout, with ``+changes`` where files differ; None outside a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:

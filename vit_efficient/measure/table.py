@@ -59,8 +59,9 @@ def worst_classes(per_class: Mapping[str, float | None]) -> list[tuple[str, floa
 
 def print_result(console: Console, name: str, metrics: Mapping[str, Any], base_seconds: float = 0.0) -> None:
     """Print what a training run came to."""
+    base = f", and {duration(base_seconds)} for its base" if base_seconds else ""
     extra = [
-        ("time", duration(metrics["seconds"]) + (f", and {duration(base_seconds)} for its base" if base_seconds else "")),
+        ("time", duration(metrics["seconds"]) + base),
         ("speed", f"{metrics['images_per_second']:,.0f} images/s in training, "
                   f"{100 * metrics['data_wait_share']:.0f} % of it waiting for data"),
     ]  # fmt: skip

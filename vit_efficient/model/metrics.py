@@ -47,7 +47,7 @@ class ClassificationMetrics(nn.Module):
         self.loss.update(losses)
 
     def compute(self) -> dict[str, Any]:
-        """Figures as Python numbers (fractions of 1); ``per_class`` (C,) and ``confusion`` (C, C) as tensors on the CPU.
+        """Figures as Python numbers, fractions of 1; ``per_class`` (C,) and ``confusion`` (C, C) as CPU tensors.
 
         ``confusion[i, j]`` counts samples of class ``i`` taken for ``j``. A class without samples has accuracy NaN.
         """

@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, lr: float) -> list[d
     Returns:
         Groups for a torch optimizer, each with its ``lr`` and ``weight_decay``.
     """
-    exclude = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    exclude: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_layer_decay(
         model, weight_decay=config.weight_decay, no_weight_decay_list=exclude, layer_decay=config.layer_decay
     )

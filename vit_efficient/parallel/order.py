@@ -35,6 +35,6 @@ def prepare_blocks(blocks: Iterable[nn.Module], *, checkpointing: bool, compile:
     """
     for block in blocks:
         if checkpointing:
-            block.forward = _recomputed(block.forward, block)  # type: ignore[method-assign]
+            block.forward = _recomputed(block.forward, block)
         if compile:
             block.compile()

@@ -68,7 +68,7 @@ def deployed_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> tupl
         elif isinstance(module, (nn.Linear, nn.Conv2d)) and dtype != torch.float32:
             tensors |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in module.state_dict().items()}
         elif hasattr(module, "lora_A"):
-            adapters[name] = StoredAdapter(rank=module.r["default"], alpha=module.lora_alpha["default"])  # type: ignore[index]
+            adapters[name] = StoredAdapter(rank=module.r["default"], alpha=module.lora_alpha["default"])
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -126,7 +126,7 @@ def _describe_4bit(module: Any) -> StoredLayer:
         kind=state.quant_type,
         shape=tuple(state.shape),
         double_quant=state.nested,
-        compute_dtype=dtype,  # type: ignore[arg-type]
+        compute_dtype=dtype,
     )
 
 

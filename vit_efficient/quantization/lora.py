@@ -56,7 +56,7 @@ def inject(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float, d
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(names),
-        bias="none",  # type: ignore[arg-type]
+        bias="none",
     )
     peft.inject_adapter_in_model(settings, model)
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}

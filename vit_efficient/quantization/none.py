@@ -32,7 +32,7 @@ class NoneConfig(Config):
     @classmethod
     def _needs_adapters(cls, base: str | None, info: ValidationInfo) -> str | None:
         if base is not None and info.data.get("lora") is None:
-            raise ValueError("is what adapters start from, and quantization.lora is unset; to train on, set model.weights")
+            raise ValueError("is for adapters, and quantization.lora is unset; to train from weights set model.weights")
         return base
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:

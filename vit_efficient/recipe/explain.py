@@ -83,11 +83,11 @@ def _unknown(at: Path, full: Path, layer: Layer) -> Problem:
     elsewhere = [path for path in all_keys() if path[-1] == key and path[:-1] != above]
     near = difflib.get_close_matches(key, siblings, 1)
     suggestion, message = "", "unknown key"
-    if near:
-        suggestion = dotted((*above, near[0], *full[len(at) :]))
-    elif "." in key and tuple(key.split(".")) in all_keys():
+    if "." in key and tuple(key.split(".")) in all_keys():
         message += ": a file nests its keys, only the command line joins them by dots"
         suggestion = f"{key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+    elif near:
+        suggestion = dotted((*above, near[0], *full[len(at) :]))
     elif len(elsewhere) == 1:
         suggestion = dotted(elsewhere[0])
     elif elsewhere:
@@ -142,19 +142,19 @@ def _problem(detail: ErrorDetails, path: Path, info: FieldInfo | None, raw: Mapp
     section = section_at(path)
     kind, key = detail["type"], dotted(path)
     if kind.startswith("union_tag") and section:
-        value = _at(raw, (*path, "name"))
+        name = _at(raw, (*path, "name"))
         names, noun = ", ".join(section.names), NOUNS.get(path[-1], path[-1])
         if kind == "union_tag_not_found":
             return Problem(f"{key}.name", f"{ABSENT}: it says which {noun}", origin, names)
-        near = difflib.get_close_matches(str(value), section.names, 1)
-        return Problem(f"{key}.name", f"unknown {noun} {value!r}", origin, names, near[0] if near else "")
-    if kind == "missing":
+        near = difflib.get_close_matches(str(name), section.names, 1)
+        return Problem(f"{key}.name", f"unknown {noun} {_shown(name)}", origin, names, near[0] if near else "")
+    value = _at(raw, path)
+    if kind == "missing" and value is None:  # with a value, it is an item of a list that is missing
         what = "" if section or info is None else f"; it must be {expected(info)}"
         names = ", ".join(section.names or section.fields()) if section else ""
         return Problem(key, f"{ABSENT}{what}", origin, names)
     if kind in ("value_error", "assertion_error"):
         return Problem(key, str(detail["ctx"]["error"]), origin)
-    value = _at(raw, path)
     if section:
         names = ", ".join(section.names or section.fields())
         return Problem(key, f"must be a section{' or a name' * section.named}, got {_shown(value)}", origin, names)

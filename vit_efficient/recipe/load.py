@@ -15,6 +15,7 @@ from vit_efficient.recipe import explain, files
 from vit_efficient.recipe.files import Document
 from vit_efficient.recipe.merge import COMMAND_LINE, Layer, apply, dotted, fill_names, flatten, nest, read_overrides
 from vit_efficient.recipe.schema import PROTOCOL_SECTIONS, VARIANT_SECTIONS, Recipe
+from vit_efficient.recipe.shape import section_at
 from vit_efficient.recipe.yaml12 import dump
 
 RESOLVED = "resolved"  # the marker of a complete file; its value is the version of that format
@@ -160,10 +161,12 @@ class _Base:
 
 
 def _validate(merged: Layer, base: _Base) -> Recipe | None:
-    suggested = set()
+    accounted = set()  # keys that are missing because of a mistake that is told already
     for path, problem in explain.unknown_keys(merged):
         base.problems.append(problem)
-        suggested.add(problem.suggestion)
+        accounted.add(problem.suggestion)
+        if section_at(path[:-1]) is None:  # a key below a single value took that value's place
+            accounted.add(dotted(path[:-1]))
         for leaf in [leaf for leaf in merged.values if leaf[: len(path)] == path]:
             merged.drop(leaf)
 
@@ -181,6 +184,6 @@ def _validate(merged: Layer, base: _Base) -> Recipe | None:
         for problem in explain.rewrite(error, raw, origin):
             section = problem.path.split(".")[0]
             unread = explain.is_absence(problem) and section not in base.owners
-            if not unread and problem.path not in suggested:
+            if not unread and problem.path not in accounted:
                 base.problems.append(problem)
     return None

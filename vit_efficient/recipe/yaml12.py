@@ -58,6 +58,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Line breaks of any kind (U+0085 and U+2028 are some) come back as they are from double quotes only.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 _add_resolvers(_Loader)
 _add_resolvers(_Dumper)
 
@@ -77,14 +84,17 @@ def parse(text: str) -> tuple[Any, dict[Path, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = str(error.problem or error.context)
-        if mark is not None and mark.buffer is not None and mark.buffer[mark.pointer :][:1] in tuple(_NEEDS_QUOTES):
-            message += f"; text that starts with {mark.buffer[mark.pointer]} needs quotes"
-        elif "alias" in f"{error.context} {message}":
-            message += "; text that starts with * needs quotes"
+        found = (
+            "*" if "alias" in f"{error.context} {message}" else (mark.buffer or "")[mark.pointer :][:1] if mark else ""
+        )
+        if found and found in _NEEDS_QUOTES:
+            message += f"; text that starts with {found} needs quotes"
         raise YamlError(message, mark.line + 1 if mark is not None else 1) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlError(f"holds a character that YAML does not allow (U+{ord(error.character):04X})", line) from None
+        raise YamlError(
+            f"holds a character that YAML does not allow (U+{ord(text[error.position]):04X})", line
+        ) from None
     except RecursionError:
         raise YamlError("is nested too deep", 1) from None
 

@@ -41,7 +41,7 @@ def test_hostile_checkpoint_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             AtomicCheckpointIO().load_checkpoint(tmp_path / name, weights_only=False)
     assert not trap.exists()
-    pickle.loads((tmp_path / "b.ckpt").read_bytes())  # noqa: S301 - the trap itself works
+    pickle.loads((tmp_path / "b.ckpt").read_bytes())
     assert trap.exists()
 
 
@@ -84,12 +84,34 @@ def test_newest_is_by_step_not_by_time(tmp_path: Path) -> None:
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
+    run.check_new()
     run.create()
     with pytest.raises(UserError, match="--resume"):
-        run.create()
+        run.check_new()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="already exists"):
-        RunDir(tmp_path / "file").create()
+        RunDir(tmp_path / "file").check_new(again=True)
+
+
+def test_a_run_without_checkpoint_may_begin_again_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    run.create()
+    run.recipe.touch()
+    run.check_new(again=True)
+    for name in ("checkpoints/step-00000001.ckpt", "holiday.jpg"):
+        (run.path / name).touch()
+        with pytest.raises(UserError, match="already exists"):
+            run.check_new(again=True)
+        (run.path / name).unlink()
+
+
+def test_half_written_files_are_cleared(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    run.create()
+    half = run.checkpoints / ".step-00000001.ckpt.77.tmp"
+    half.touch()
+    run.create()
+    assert not half.exists()
 
 
 def test_resume_targets(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_norms_biases_and_positions_do_not_decay(vit: nn.Module) -> None:
 def test_layer_decay_halves_from_block_to_block(vit: nn.Module) -> None:
     table = rates(parameter_groups(vit, OptimConfig(lr=1.0, epochs=1, layer_decay=0.5), 1.0), vit)
     block = [table[f"blocks.{i}.mlp.fc1.weight"][0] for i in range(4)]
-    assert [b / a for a, b in zip(block, block[1:], strict=False)] == [2.0, 2.0, 2.0]
+    assert [b / a for a, b in itertools.pairwise(block)] == [2.0, 2.0, 2.0]
     assert table["head.weight"][0] == 1.0
     assert table["patch_embed.proj.weight"][0] == block[0] / 2
 
