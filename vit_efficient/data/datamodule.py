@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning
@@ -152,11 +153,9 @@ class ViTDataModule(lightning.LightningDataModule):
         reader = ShardReader(shards, self.num_classes, min(self.config.streams + 8, _OPEN_FILES))
         transform = TrainTransform(self._image(), self.augment)
         layout = Layout(self.config.batch_size, rank, world, accumulate)
-        skip = self.config.on_error == "skip"
-
-        def open_stream(step: int) -> SampleStream:
-            return SampleStream(reader, plan, transform, layout, seed=self.seed, start=step, skip_bad=skip)
-
+        open_stream = partial(
+            SampleStream, reader, plan, transform, layout, seed=self.seed, skip_bad=self.config.on_error == "skip"
+        )
         workers = Workers(self.workers, self._pins())
         self._train_loader = TrainLoader(open_stream, self.cursor, self.steps_per_epoch, accumulate, workers)
         return self._train_loader
@@ -181,8 +180,9 @@ class ViTDataModule(lightning.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """End the worker processes."""
-        if self._train_loader is not None:
-            self._train_loader.close()
+        for loader in (self._train_loader, self._eval_loader):
+            if loader is not None:
+                loader.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, and what makes that place mean anything."""

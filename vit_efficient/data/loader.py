@@ -41,12 +41,21 @@ class _Loader:
     def __init__(self) -> None:
         self.wait_seconds = 0.0
         self.skipped = 0
+        self._loader: DataLoader[Batch | Failure] | None = None
+        self._source: Iterator[Batch | Failure] | None = None
 
-    def _next(self, source: Iterator[Batch | Failure]) -> Batch:
+    def close(self) -> None:
+        """End the worker processes; the next iteration starts new ones."""
+        # nobody else holds the iterator, so its finaliser runs here, and ends the workers
+        self._source = self._loader = None
+
+    def _next(self) -> Batch:
+        assert self._source is not None, "the loader was closed while it was iterated over"
         began = time.perf_counter()
-        item = next(source)
+        item = next(self._source)
         self.wait_seconds += time.perf_counter() - began
         if isinstance(item, Failure):
+            self.close()
             raise DataError(item.message)
         for text in item.pop("skipped"):
             self.skipped += 1
@@ -61,7 +70,7 @@ class TrainLoader(_Loader):
     the next epoch while the last one is evaluated.
 
     Args:
-        open_stream: makes the endless stream that begins at a global step.
+        open_stream: makes the endless stream that begins at the global step `start`.
         cursor: read at the start of every iteration.
         steps_per_epoch: optimizer steps.
         accumulate: micro-batches a step.
@@ -70,7 +79,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        open_stream: Callable[[int], SampleStream],
+        open_stream: Callable[..., SampleStream],
         cursor: Cursor,
         steps_per_epoch: int,
         accumulate: int,
@@ -79,7 +88,6 @@ class TrainLoader(_Loader):
         super().__init__()
         self.open_stream, self.cursor, self.workers = open_stream, cursor, workers
         self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
-        self._source: Iterator[Batch | Failure] | None = None
         self._given = 0  # micro-batches of the whole run up to where `_source` stands
 
     def __len__(self) -> int:
@@ -90,17 +98,12 @@ class TrainLoader(_Loader):
         step = self.cursor.epoch * self.steps_per_epoch + self.cursor.step
         if self._source is None or self._given != step * self.accumulate:
             self.close()
-            self._source = iter(_torch_loader(self.open_stream(step), self.workers, persistent=False))
+            self._source = iter(_torch_loader(self.open_stream(start=step), self.workers, persistent=False))
             self._given = step * self.accumulate
-        source = self._source
         for _ in range((self.steps_per_epoch - self.cursor.step) * self.accumulate):
-            batch = self._next(source)
+            batch = self._next()
             self._given += 1
             yield batch
-
-    def close(self) -> None:
-        """End the worker processes; the next iteration starts new ones."""
-        self._source = None  # the iterator's own finaliser ends its workers
 
 
 class EvalLoader(_Loader):
@@ -114,17 +117,18 @@ class EvalLoader(_Loader):
 
     def __init__(self, stream: SampleStream, batches: int, workers: Workers) -> None:
         super().__init__()
-        workers = Workers(min(workers.number, batches), workers.pin_memory)
-        self._loader = _torch_loader(stream, workers, persistent=True)
-        self._batches = batches
+        self._stream, self._batches = stream, batches
+        self._workers = Workers(min(workers.number, batches), workers.pin_memory)
 
     def __len__(self) -> int:
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        source = iter(self._loader)
+        if self._loader is None:
+            self._loader = _torch_loader(self._stream, self._workers, persistent=True)
+        self._source = iter(self._loader)
         for _ in range(self._batches):
-            yield self._next(source)
+            yield self._next()
 
 
 def _torch_loader(stream: SampleStream, workers: Workers, *, persistent: bool) -> DataLoader[Batch | Failure]:

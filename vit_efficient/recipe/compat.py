@@ -111,14 +111,9 @@ def caveats(recipe: Recipe, machine: Machine) -> list[str]:
     lines = []
     if recipe.quantization.name == "int4":
         lines.append("4-bit weights make a model smaller, not faster: they are unpacked for every product")
-    old = min(machine.gpus, key=lambda gpu: gpu.capability, default=None)
-    if (
-        recipe.quantization.name == "int8"
-        and recipe.strategy.accelerator == "gpu"
-        and old
-        and old.capability < BF16_FROM
-    ):
-        lines.append(f"int8 makes a model smaller on {old.name}, not faster")
+    old = [gpu.name for gpu in machine.gpus if gpu.capability < BF16_FROM]
+    if recipe.quantization.name == "int8" and recipe.strategy.accelerator == "gpu" and old:
+        lines.append(f"int8 makes a model smaller on a {old[0]}, not faster")
     return lines
 
 

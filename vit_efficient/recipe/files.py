@@ -43,7 +43,7 @@ def packaged() -> Path:
     """The folder of the recipes that ship with the package: inside it (wheel), or beside it (checkout)."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    return inside.resolve() if inside.is_dir() else package.parent / "recipes"
 
 
 def names(kind: Kind) -> list[str]:

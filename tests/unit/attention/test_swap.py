@@ -281,6 +281,20 @@ def test_under_autocast_a_backend_gets_half_precision(case: str) -> None:
     assert backend.dtypes == {(torch.bfloat16,) * 3}
 
 
+@pytest.mark.parametrize("case", ["vit-qk-norm", "vit-map-pool"])
+def test_norms_that_go_up_to_float32_do_not_take_the_backend_along(case: str) -> None:
+    """As LayerNorm does under CUDA's autocast, which the CPU's does not imitate."""
+    model = make(case)
+    for name, module in model.named_modules():
+        if name.endswith(("q_norm", "k_norm")):
+            module.register_forward_hook(lambda _module, _inputs, output: output.float())
+    backend = RecordingBackend()
+    swap_attention(model, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images(model))
+    assert backend.dtypes == {(torch.bfloat16,) * 3}
+
+
 @pytest.mark.parametrize("case", ["vit", "eva02-tiny-fused", "beit"])
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 def test_compiles_without_a_graph_break(case: str, kernel: Any) -> None:

@@ -155,7 +155,9 @@ def test_state_of_other_data_is_refused_by_name(shards: Path, image: ImageSpec, 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_is_exactly_once_again_and_again(shards: Path, image: ImageSpec, world: int, workers: int) -> None:
-    loaders = [module(shards, image, (rank, world), workers=workers, eval_batch=2).val_dataloader() for rank in range(world)]
+    loaders = [
+        module(shards, image, (rank, world), workers=workers, eval_batch=2).val_dataloader() for rank in range(world)
+    ]
     assert len({len(loader) for loader in loaders}) == 1
     for _ in range(2):
         keys = []

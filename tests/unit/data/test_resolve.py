@@ -90,7 +90,7 @@ def test_no_evaluation_shards(make_shards: Make) -> None:
 def test_classes_must_agree(make_shards: Make) -> None:
     train, val = make_shards([3]), make_shards([3], "val")
     val.manifest.model_copy(update={"class_names": ("a", "x", "c")}).write(val.folder)
-    with pytest.raises(DataError, match="label 1 is 'b' in .* and 'x'"):
+    with pytest.raises(DataError, match=r"label 1 is 'b' in .* and 'x'"):
         resolve_shards(str(train.folder))
     val.manifest.model_copy(update={"class_names": ("a", "b"), "class_counts": (1, 1)}).write(val.folder)
     assert resolve_shards(str(train.folder)).eval.manifest.class_names == ("a", "b")

@@ -75,9 +75,14 @@ def test_a_writer_that_fails_leaves_whole_shards_only(tmp_path: Path) -> None:
 def test_atomic_writer_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match="half-way"), atomic_writer(path) as file:
-        file.write(b"ne")
-        raise ValueError("half-way")
+
+    def fail() -> None:
+        with atomic_writer(path) as file:
+            file.write(b"ne")
+            raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        fail()
     assert path.read_bytes() == b"old"
     with atomic_writer(path) as file:
         file.write(b"new")

@@ -39,7 +39,7 @@ def test_eval_resize_overrides_the_crop_ratio() -> None:
     assert EvalTransform(spec, 256).resize == 256
     with pytest.raises(DataError, match="eval_resize=200 is smaller than the model's image size, 224"):
         EvalTransform(spec, 200)
-    with pytest.raises(DataError, match="'cubic'.*bicubic"):
+    with pytest.raises(DataError, match=r"'cubic'.*bicubic"):
         EvalTransform(ImageSpec(224, MEAN, STD, "cubic", 0.9))
 
 

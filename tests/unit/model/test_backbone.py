@@ -248,7 +248,7 @@ def test_image_spec_is_that_of_the_models_own_config() -> None:
     deit3 = create_backbone(config("deit3_small_patch16_224"), 2).image
     assert deit3.size == 64
     assert deit3.mean == pytest.approx((0.485, 0.456, 0.406))
-    assert create_backbone(config("eva02_tiny_patch14_224", image_size=56), 2).image.crop_pct == 1.0
+    assert create_backbone(config("vit_small_patch14_reg4_dinov2", image_size=56), 2).image.crop_pct == 1.0
 
 
 def test_shared_vit_tiny_loads_with_its_image_spec() -> None:

@@ -105,7 +105,8 @@ def test_null_takes_a_whole_section_away_and_an_empty_mapping_makes_one() -> Non
 
 
 WORDS = [
-    "quantization=int4", "quantization.keep=[fc1]", "quantization.lora.rank=4", "model=vit_b", "model.kwargs={depth: 2}",
+    "quantization=int4", "quantization.keep=[fc1]", "quantization.lora.rank=4", "model=vit_b",
+    "model.kwargs={depth: 2}",
     "model.kwargs.qk_norm=true", "data.source=folder", "strategy=ddp", "strategy.devices=2", "optim={lr: 2}",
     "optim.clip=null", "attention={name: flash2}",
 ]  # fmt: skip

@@ -228,8 +228,8 @@ def test_all_mistakes_at_once(place: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("variant.yaml", ["attention=flsh2", "optim.clip=x", "nonsense", "run.sed=1", "keep=[head]"])
     assert {each.path for each in caught.value.problems} == {
-        "quantization.kep", "modle", "data.batch_size", "optim.lr", "attention.name", "optim.clip", "nonsense", "run.sed",
-        "keep",
+        "quantization.kep", "modle", "data.batch_size", "optim.lr", "attention.name", "optim.clip", "nonsense",
+        "run.sed", "keep",
     }  # fmt: skip
     text = str(caught.value)
     assert text.startswith("9 mistakes in the recipe\n")

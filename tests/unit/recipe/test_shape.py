@@ -76,6 +76,7 @@ def test_every_key_has_english_and_a_meaning() -> None:
 
 
 def test_the_schema_is_immutable_and_strict() -> None:
-    for member in [Recipe, *(member for _, section in all_sections() for member in section.members)]:
+    members = [member for _, section in all_sections() for member in section.members]
+    for member in [Recipe, *members]:
         assert member.model_config["frozen"]
         assert member.model_config["extra"] == "forbid"

@@ -57,7 +57,27 @@ def test_refused_with_its_line(text: str, line: int, message: str) -> None:
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-LOOKALIKES = st.sampled_from(["1e-3", "on", "null", "0o10", "1:30", "", " a", "*x", "- b", "a: b", "#", "~", "=", "<<"])
+LOOKALIKES = st.sampled_from(
+    [
+        "1e-3",
+        "on",
+        "null",
+        "0o10",
+        "1:30",
+        "",
+        " a",
+        "*x",
+        "- b",
+        "a: b",
+        "#",
+        "~",
+        "=",
+        "<<",
+        "\x85",
+        "a\nb",
+        "\u2028 ",
+    ]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT | LOOKALIKES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT | LOOKALIKES, inner, max_size=4),

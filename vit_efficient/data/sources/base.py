@@ -98,11 +98,10 @@ def stratified(labels: Labels, count: int, seed: int) -> tuple[Labels, Labels]:
     """
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * (count / labels.size)
-    shares = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
-    for position in np.argsort(shares - exact, kind="stable"):
-        if shares.sum() >= count:
-            break
-        shares[position] += shares[position] < sizes[position] - 1
+    most = sizes - 1
+    shares = np.minimum(np.floor(exact).astype(np.int64), most)
+    for _ in range(min(count, int(most.sum())) - int(shares.sum())):
+        shares[np.argmax(np.where(shares < most, exact - shares, -np.inf))] += 1
     aside = []
     for label, share in zip(classes.tolist(), shares.tolist(), strict=True):
         members = np.flatnonzero(labels == label)

@@ -27,7 +27,7 @@ Images = NDArray[np.uint8]
 Part = tuple[Images, Labels]
 
 _BATCHES = {"train": r"data_batch_[1-5]", "test": r"test_batch"}
-_MEMBER = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin|\.png)?|(train|test)_lab?el?s\.json")
+_MEMBER = re.compile(r"(data_batch_[1-5]|test_batch)(\.bin|\.png)?|(train|test)_la(bel|ble)s\.json")
 _PIXELS = 32 * 32 * 3
 
 

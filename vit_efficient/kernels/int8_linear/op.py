@@ -134,7 +134,7 @@ class _Int8Linear(torch.autograd.Function):
         return y_MN.view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         q_NK, scale_N1, q_MK, scale_M1 = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_MN = grad.reshape(-1, grad.shape[-1])
