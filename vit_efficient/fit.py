@@ -18,7 +18,7 @@ from rich.console import Console
 from vit_efficient.cli import base_parser, run_command
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine, detect, rank
-from vit_efficient.recipe.compat import check, resolve
+from vit_efficient.recipe.compat import caveats, check, resolve
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
 
@@ -102,6 +102,8 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.engine.train import train
     from vit_efficient.measure.table import print_result
 
+    for line in caveats(recipe, machine):
+        console.print(f"[bold]{'note':>13}[/]  {line}", soft_wrap=True)
     path, checkpoint = place(recipe, options.resume)
     run = RunDir(path)
     title = f"{recipe.variant} on {recipe.protocol}"

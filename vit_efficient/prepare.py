@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -53,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.path is None or args.out is not None or args.train or args.val or args.val_fraction is not None:
             raise UserError("index takes a pattern alone: prepare index 'shards/x-{000000..000099}.tar'")
         names = _class_names(args.classes) if args.classes else None
-        with _progress(console, "shards") as report:
+        with _progress(console, "shards") as (report, tasks):
             made = {"index": index_pattern(args.path, names, report)}
-        _tell(made, str(args.path))
+        _tell(made, args.path, tasks)
         return 0
     if args.out is None:
         raise UserError(f"prepare {args.source} needs --out DIR, the folder to write the shards to")
@@ -63,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--classes belongs to `prepare index`; a source knows its class names")
     inputs = Inputs(args.path and Path(args.path), args.train, tuple(args.val or ()))
     options = Options(args.val_fraction, args.seed, args.shard_size, args.max_bad)
-    with _progress(console, "images") as report:
+    with _progress(console, "images") as (report, tasks):
         made = prepare_source(sources[args.source]().open(inputs), args.out, options, report)
-    _tell(made, str(args.out))
+    _tell(made, str(args.out), tasks)
     return 0
 
 
@@ -130,7 +131,7 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def _progress(console: Console, unit: str) -> Iterator[Report]:
+def _progress(console: Console, unit: str) -> Iterator[tuple[Report, dict[str, TaskID]]]:
     """A bar for each split, as it is reached; warnings appear above the bars."""
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logger = logging.getLogger("vit_efficient")
@@ -145,20 +146,22 @@ def _progress(console: Console, unit: str) -> Iterator[Report]:
 
         logger.addHandler(handler)
         try:
-            yield report
+            yield report, tasks
         finally:
             logger.removeHandler(handler)
 
 
-def _tell(made: dict[str, Manifest], where: str) -> None:
+def _tell(made: dict[str, Manifest], where: str, written: Container[str]) -> None:
     for name, manifest in made.items():
         size = sum(shard.bytes for shard in manifest.shards)
+        shards = f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) != 1)}"
         left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
+        before = "" if name in written else " (complete already, kept as it is)"
         print(
-            f"{name}: {manifest.samples:,} images of {len(manifest.class_names):,} classes in "
-            f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) != 1)}, {size / 1e6:,.1f} MB{left_out}"
+            f"{name}: {manifest.samples:,} images of {len(manifest.class_names):,} classes in {shards}, "
+            f"{size / 1e6:,.1f} MB{left_out}{before}"
         )
-    print(f"train on them with data.shards={where}")
+    print(f"use them with {shlex.quote(f'data.shards={where}')}")
 
 
 if __name__ == "__main__":

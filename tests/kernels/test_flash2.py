@@ -16,10 +16,7 @@ from vit_efficient.attention.swap import swap_attention
 from vit_efficient.errors import CapabilityError
 from vit_efficient.machine import detect
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 HALF = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # twice the unit of rounding, relative to the norm
 
 

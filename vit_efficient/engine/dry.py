@@ -14,6 +14,7 @@ from vit_efficient.machine import Machine
 from vit_efficient.measure.memory import estimate
 from vit_efficient.measure.units import count, size
 from vit_efficient.model.build import build_model, compute_dtype
+from vit_efficient.recipe.compat import caveats
 from vit_efficient.recipe.load import dump_recipe
 from vit_efficient.recipe.schema import Recipe
 
@@ -28,7 +29,8 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
         classes = data.num_classes
         steps = f"{data.train_images:,} training images, {data.steps_per_epoch} steps an epoch"
     except DataError as error:
-        reasons.append(str(error))
+        if not any(p.path == "data.shards" for p in problems):
+            reasons.append(str(error))
         steps = "unknown: the data is not there"
     torch.manual_seed(recipe.run.seed)
     table = Table(show_header=False, title="what it comes to", title_justify="left", title_style="bold")
@@ -81,6 +83,8 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
     console.print(table)
     for line in lines:
         console.print(f"  {line}")
+    for line in caveats(recipe, machine):
+        console.print(f"  [yellow]note[/] {line}")
     if reasons:
         console.print("\n[bold red]This machine cannot run it:[/]")
         for reason in reasons:

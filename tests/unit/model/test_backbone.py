@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from vit_efficient.model.backbone import create_backbone
 from vit_efficient.recipe.schema import ModelConfig
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
-SHARED = Path(__file__).parents[4] / "shared" / "weights" / "vit_tiny_patch16_224.safetensors"
 
 
 def saved(path: Path, name: str = "vit_tiny_patch16_224", **arguments: Any) -> str:
@@ -251,14 +251,13 @@ def test_image_spec_is_that_of_the_models_own_config() -> None:
     assert create_backbone(config("vit_small_patch14_reg4_dinov2", image_size=56), 2).image.crop_pct == 1.0
 
 
-def test_shared_vit_tiny_loads_with_its_image_spec() -> None:
-    if not SHARED.is_file():
-        pytest.skip(SHARED.name)
-    backbone = create_backbone(ModelConfig(name="vit_tiny_patch16_224", weights=str(SHARED)))
-    assert backbone.notes == [f"weights from {SHARED}"]
+def test_shared_vit_tiny_loads_with_its_image_spec(shared: Callable[[str], Path]) -> None:
+    path = str(shared("weights/vit_tiny_patch16_224.safetensors"))
+    backbone = create_backbone(ModelConfig(name="vit_tiny_patch16_224", weights=path))
+    assert backbone.notes == [f"weights from {path}"]
     assert backbone.model.num_classes == 1000
     assert backbone.image.mean == backbone.image.std == (0.5, 0.5, 0.5)
     assert backbone.weights_digest is not None
     assert backbone.weights_digest.startswith("2b9cb78a")
-    small = create_backbone(ModelConfig(name="vit_tiny_patch16_224", weights=str(SHARED), image_size=32), 10)
+    small = create_backbone(ModelConfig(name="vit_tiny_patch16_224", weights=path, image_size=32), 10)
     assert small.notes[1:] == ["position embeddings resized 14x14 -> 2x2", "`head` re-initialised: 1000 -> 10 classes"]
