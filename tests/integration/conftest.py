@@ -62,7 +62,7 @@ def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Sequence[str]:
     """Overrides that make a digits run a matter of seconds: 3 epochs of 12 steps."""
     return SMALL

@@ -46,13 +46,17 @@ def compare(name: str, tensors: list[Tensor], tolerance: float) -> None:
     wanted_grads = torch.autograd.grad(wanted, exact, weight.double())
     floor = 1e-3 * max(float(g.norm()) for g in wanted_grads)  # with one token q and k have no gradient at all
     for one, other in zip((got, *got_grads), (wanted, *wanted_grads), strict=True):
-        assert (one.double() - other).norm() < tolerance * max(float(other.norm()), floor)
+        assert (one.detach().double() - other.detach()).norm() < tolerance * max(float(other.norm()), floor)
 
 
 @pytest.mark.parametrize("name", ["flash2", "flash", "cudnn", "efficient"])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("tokens", [1, 63, 196, 197, 198, 256, 257, 577])
 def test_output_and_gradients_equal_the_definition(name: str, dtype: torch.dtype, tokens: int) -> None:
+    if (name, tokens) == ("cudnn", 1):  # cuDNN has no attention over a single key, and says so
+        with pytest.raises(CapabilityError, match=r"attention\.kernel=cudnn"):
+            compare(name, inputs(tokens, heads=3, width=64, dtype=dtype), HALF[dtype])
+        return
     compare(name, inputs(tokens, heads=3, width=64, dtype=dtype), HALF[dtype])
 
 

@@ -26,6 +26,8 @@ KERNELS: dict[str, SDPBackend] = {
     "math": SDPBackend.MATH,
 }
 NO_KERNEL = ("No available kernel", "No viable backend")
+# Some reasons PyTorch gives once in a process: then they stand among the warnings of the first refusal.
+UNSAID = "PyTorch has no such kernel for these tensors; its first warning of this run says why"
 REMEDY = "Take `attention.kernel=auto` (PyTorch chooses) or `math` (runs everywhere)."
 
 
@@ -109,7 +111,7 @@ class SdpaBackend(AttentionBackend):
         # Each kernel's reasons follow a headline of its own; the other kernels were only switched off.
         reasons = [s for s in said if not s.endswith("not used because:") and "been runtime disabled" not in s]
         asked = f"{q.dtype} on {q.device.type}, shape {tuple(q.shape)}".replace("torch.", "")
-        return f"{' '.join(dict.fromkeys(reasons)) or 'PyTorch has no such kernel for these tensors'} ({asked})"
+        return f"{' '.join(dict.fromkeys(reasons)) or UNSAID} ({asked})"
 
 
 def merge(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

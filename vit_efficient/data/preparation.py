@@ -132,9 +132,12 @@ def _write_split(
     counts = np.zeros(len(source.class_names), np.int64)
     entries: list[ShardEntry] = []
     samples = _shuffled(source, name, split, options, left_out, progress)
-    for scan in write_shards(samples, folder, name, options.size):
-        entries.append(scan.entry)
-        counts += count_classes(scan.index["label"], counts.size)
+    try:
+        for scan in write_shards(samples, folder, name, options.size):
+            entries.append(scan.entry)
+            counts += count_classes(scan.index["label"], counts.size)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}. Mend that, and start this again.") from error
     if not entries:
         raise DataError(f"{source.name}: there are no images for {name}.")
     manifest = Manifest(

@@ -47,7 +47,10 @@ class ShardReader:
         path = self.shards.path(shard)
         row = offsets[index]
         length = int(row["length"])
-        span = read_span(descriptor, int(row["offset"]), length)
+        try:
+            span = read_span(descriptor, int(row["offset"]), length)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(span) != length:
             raise DataError(
                 f"{path} is truncated: sample number {index} should end at byte "

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.engine.setup import build_data
 from vit_efficient.engine.trainer import accumulate, world_size
 from vit_efficient.errors import CapabilityError, DataError, Problem
@@ -44,7 +45,9 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
         table.add_row("classes", "unknown without the data; set `model.num_classes` for the sizes")
     else:
         # Weights decide neither sizes nor memory, and may not be here: a base is trained when it is needed.
-        plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
+        # SDPA keeps what FlashAttention keeps for the backward pass, and runs where the estimate is made.
+        weightless = recipe.model.model_copy(update={"weights": None})
+        plain = recipe.model_copy(update={"model": weightless, "attention": SdpaConfig()})
         try:
             built = build_model(plain, classes)
         except CapabilityError as error:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vit_efficient.errors import CheckpointError
@@ -126,6 +127,11 @@ def _check(model: nn.Module, state: dict[str, Tensor], fresh: set[str], source: 
     if any(".lora_A" in name or ".base_layer" in name for name in state):
         lines.append(
             "  It holds low-rank adapters: evaluate its run with `--checkpoint`, or give the base it began from."
+        )
+    elif any(tensor.dtype in (torch.int8, torch.uint8) for tensor in state.values()):
+        lines.append(
+            "  It holds the codes of a quantized model: evaluate its run with `--checkpoint`, or give one of the "
+            "float checkpoints in its `checkpoints` folder."
         )
     else:
         lines.append("  Check `model.name` and `model.kwargs` against what the weights were made for.")

@@ -4,6 +4,8 @@ import fcntl
 import io
 import multiprocessing
 import os
+import resource
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -112,7 +114,7 @@ def test_a_finished_folder_is_kept_if_identical_and_refused_otherwise(tmp_path: 
         (source(41), Options(val_fraction=0.2)),
         (DigitsConfig().open(Inputs()), Options()),
     ):
-        with pytest.raises(DataError, match="already prepared.*other input or options"):
+        with pytest.raises(DataError, match=r"already prepared.*other input or options"):
             prepare_source(other, tmp_path, options)
     assert contents(tmp_path) == before
     os.truncate(tmp_path / "train" / "train-000000.tar", 100)
@@ -158,6 +160,25 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         prepare_source(source(), tmp_path)
     os.close(descriptor)
     prepare_source(source(), tmp_path)
+
+
+def _fill(out: Path) -> None:
+    """No file may grow past 40 kB, as if the disk were full; ends the process with 7 if that was explained."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    try:
+        prepare_source(source(400), out)
+    except DataError as error:
+        os._exit(7 if "cannot be written" in str(error) else 8)
+
+
+def test_a_full_disk_is_explained_and_leaves_no_half_of_a_shard(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_fill, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert not list((tmp_path / "train").iterdir())
+    assert prepare_source(source(400), tmp_path)["train"].samples == 400
 
 
 def test_progress_is_told(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_train_and_validation_folders(tmp_path: Path, name: str) -> None:
     assert source.class_names == ("cat", "dog")
     assert source.splits["val"].labels.tolist() == [1]
     saved(tmp_path / name / "emu" / "4.png")
-    with pytest.raises(DataError, match="class 'emu', which .*train does not have"):
+    with pytest.raises(DataError, match=r"class 'emu', which .*train does not have"):
         open_source(tmp_path)
 
 
