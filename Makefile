@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RECIPE ?= recipes/int8_sdpa.yaml
 
-.PHONY: fit test test-fast lint docs clean
+.PHONY: fit test test-fast lint lowest docs clean
 .DEFAULT_GOAL := fit
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -29,8 +29,17 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
+# The lower bounds of pyproject.toml, installed and tested; slow, and not part of CI.
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*(d.replace('>=', '==') for d in p['dependencies'] + p['optional-dependencies']['dev']), sep='\n')" > $(VENV)-lowest/bounds.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/bounds.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(VENV)-lowest/bin/python -m pytest -q -m 'not slow' tests/unit tests/recipes
+
 docs: $(VENV)/.ready
 	$(PY) -m vit_efficient.recipe.document
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -106,7 +106,9 @@ def test_checkpoint_of_another_recipe(finished: Path, command: Command, tmp_path
     printed = command("fit", "--recipe", "fp32_sdpa", "--resume", str(copy), code=2)
     assert "another recipe" in printed
     assert "quantization.name: 'int8' in the checkpoint, 'none' now" in printed
-    printed = command("evaluate", "--recipe", "fp32_sdpa", "--checkpoint", str(copy / "checkpoints" / "last.ckpt"), code=2)
+    printed = command(
+        "evaluate", "--recipe", "fp32_sdpa", "--checkpoint", str(copy / "checkpoints" / "last.ckpt"), code=2
+    )
     assert "another recipe" in printed
 
 

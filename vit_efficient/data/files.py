@@ -11,13 +11,11 @@ from typing import BinaryIO
 
 from vit_efficient.errors import DataError
 
-_SUFFIX = ".partial"
-
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` when the block ends well, already on the disk; never a half of it."""
-    partial = path.with_name(f".{path.name}{_SUFFIX}")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -43,12 +41,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete what a killed writer left behind in `folder`."""
-    for path in folder.glob(f".*{_SUFFIX}"):
-        path.unlink()
 
 
 def make_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_efficient.data import manifest as manifests
 from vit_efficient.data.counter import Domain, hash_words, permute_index
-from vit_efficient.data.files import locked, make_folder, remove_partial
+from vit_efficient.data.files import locked, make_folder, write_atomically
 from vit_efficient.data.manifest import LeftOut, Manifest, ShardEntry, read_manifest
 from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.shards import Encoded, ShardSize, count_classes, write_shards
@@ -23,6 +23,7 @@ from vit_efficient.errors import DataError
 log = logging.getLogger(__name__)
 
 DEFAULT_SIZE = ShardSize(bytes=256 << 20)
+_UNFINISHED = ".unfinished"  # marks a folder that is being written
 _BLOCK = 4096  # indices permuted at once
 
 
@@ -114,6 +115,7 @@ def _finished(folder: Path, split: str, source: Source, settings: dict[str, Any]
             "Choose another --out, or remove the folder first."
         )
     ShardSet(folder, manifest).check_sizes()
+    (folder / _UNFINISHED).unlink(missing_ok=True)
     return manifest
 
 
@@ -126,8 +128,7 @@ def _write_split(
     options: Options,
     progress: Progress,
 ) -> Manifest:
-    make_folder(folder)
-    remove_partial(folder)
+    _begin(folder)
     left_out: list[LeftOut] = []
     counts = np.zeros(len(source.class_names), np.int64)
     entries: list[ShardEntry] = []
@@ -150,7 +151,25 @@ def _write_split(
         left_out=tuple(left_out),
     )
     manifest.write(folder)
+    (folder / _UNFINISHED).unlink()
     return manifest
+
+
+def _begin(folder: Path) -> None:
+    """An empty folder, marked as ours; what a killed run of ours left in it goes, what is somebody else's does not."""
+    make_folder(folder)
+    marker = folder / _UNFINISHED
+    if marker.exists():
+        for path in folder.iterdir():
+            if path != marker:
+                path.unlink()
+    elif any(folder.iterdir()):
+        raise DataError(
+            f"{folder} is not empty, and was not made by a run of this command that was cut short. "
+            "Choose another --out, or empty it first."
+        )
+    else:
+        write_atomically(marker, b"`prepare` was cut short here; start it again, and this folder is made anew.\n")
 
 
 def _shuffled(

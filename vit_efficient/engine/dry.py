@@ -9,7 +9,7 @@ from rich.table import Table
 
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.engine.setup import build_data
-from vit_efficient.engine.trainer import accumulate, world_size
+from vit_efficient.engine.trainer import accumulate, quiet, world_size
 from vit_efficient.errors import CapabilityError, DataError, Problem
 from vit_efficient.machine import Machine
 from vit_efficient.measure.memory import estimate
@@ -22,7 +22,8 @@ from vit_efficient.recipe.schema import Recipe
 
 def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: Console) -> None:
     """Print the resolved recipe, parameter counts, the memory estimate, and whether this machine can run it."""
-    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
+    quiet()
+    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default", word_wrap=True))
     reasons = [str(p) for p in problems]
     classes = recipe.model.num_classes
     try:

@@ -43,6 +43,8 @@ def quiet() -> None:
     """Leave out what Lightning says about choices that this package makes on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Says on CPUs that a kernel of the hub, which is not used, could not be had.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for text in (
         ".*does not have many workers.*",
         ".*number of training batches.*smaller than the logging interval.*",

@@ -140,6 +140,24 @@ def test_a_killed_run_can_be_started_again_and_ends_in_the_same_bytes(tmp_path: 
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_a_killed_run_can_be_followed_by_another(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path / "killed", 25))
+    process.start()
+    process.join()
+    assert len(contents(tmp_path / "killed")) > 4  # two whole shards, their indices, a part of the third
+    for name in ("killed", "fresh"):
+        prepare_source(source(), tmp_path / name)  # one shard
+    assert contents(tmp_path / "killed") == contents(tmp_path / "fresh")
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "train-000000.tar").write_bytes(b"somebody's")
+    with pytest.raises(DataError, match="train is not empty"):
+        prepare_source(source(), tmp_path)
+    assert contents(tmp_path) == {"train/train-000000.tar": b"somebody's"}
+
+
 def test_bad_images_are_left_out_and_listed_up_to_a_share(tmp_path: Path) -> None:
     made = prepare_source(source(200, bad=(3, 150)), tmp_path / "a")["train"]
     assert made.samples == 198
@@ -177,7 +195,7 @@ def test_a_full_disk_is_explained_and_leaves_no_half_of_a_shard(tmp_path: Path) 
     process.start()
     process.join()
     assert process.exitcode == 7
-    assert not list((tmp_path / "train").iterdir())
+    assert [path.name for path in (tmp_path / "train").iterdir()] == [".unfinished"]
     assert prepare_source(source(400), tmp_path)["train"].samples == 400
 
 

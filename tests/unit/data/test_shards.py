@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from vit_efficient.data.encode import encode_png
-from vit_efficient.data.files import atomic_writer, remove_partial
+from vit_efficient.data.files import atomic_writer
 from vit_efficient.data.shards import Encoded, ShardSize, index_path, read_index, scan_shard, write_shards
 from vit_efficient.errors import DataError
 
@@ -88,8 +88,6 @@ def test_atomic_writer_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: P
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
-    (tmp_path / ".file.partial").write_bytes(b"of a killed process")
-    remove_partial(tmp_path)
     assert os.listdir(tmp_path) == ["file"]
 
 

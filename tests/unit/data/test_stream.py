@@ -80,6 +80,23 @@ def test_ranks_and_micro_batches_change_neither_samples_nor_pixels(
     assert found == expected
 
 
+def test_augmentation_belongs_to_sample_and_epoch_not_to_position(
+    whole: tuple[ShardSet, dict], image: ImageSpec
+) -> None:
+    shards, expected = whole
+    other = stream(shards, image, Layout(BATCH), stop=6)
+    other.plan = Plan(other.plan.counts, seed=3, streams=1)  # another order
+    found = seen(other)
+
+    def by_sample(of: dict) -> dict:
+        return {(step // 3, value[0]): value for (step, _), value in of.items()}
+
+    assert found != expected
+    assert by_sample(found) == by_sample(expected)
+    changed = [by_sample(found)[0, key] != by_sample(found)[1, key] for _, key in by_sample(found)]
+    assert all(changed)
+
+
 @pytest.mark.parametrize("start", range(6))
 def test_a_start_anywhere_gives_what_would_have_come(
     whole: tuple[ShardSet, dict], image: ImageSpec, start: int
