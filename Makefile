@@ -17,7 +17,8 @@ fit: $(VENV)/.ready
 	$(PY) -m vit_efficient.fit --recipe $(RECIPE) $(ARGS)
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -q -m 'not slow' $(ARGS)
+	$(PY) -m pytest -q -m 'not slow' tests/unit tests/recipes tests/kernels $(ARGS)
+	$(PY) -m pytest -q -m 'not slow' tests/integration $(ARGS)
 	$(PY) -m pytest -q -m slow $(ARGS)
 
 test-fast: $(VENV)/.ready

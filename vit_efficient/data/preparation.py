@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_efficient.data import manifest as manifests
 from vit_efficient.data.counter import Domain, hash_words, permute_index
-from vit_efficient.data.files import locked, make_folder, write_atomically
+from vit_efficient.data.files import locked, make_folder
 from vit_efficient.data.manifest import LeftOut, Manifest, ShardEntry, read_manifest
 from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.shards import Encoded, ShardSize, count_classes, write_shards
@@ -169,7 +169,7 @@ def _begin(folder: Path) -> None:
             "Choose another --out, or empty it first."
         )
     else:
-        write_atomically(marker, b"`prepare` was cut short here; start it again, and this folder is made anew.\n")
+        marker.touch()
 
 
 def _shuffled(
