@@ -112,7 +112,8 @@ def fit(options: argparse.Namespace, console: Console) -> None:
         print_result(console, title, json.loads(run.metrics.read_text(encoding="utf-8")))
         return
     if checkpoint is None:
-        run.check_new(again=options.resume == "auto")
+        if rank() == 0:  # the others may find the folder that rank 0 has just made
+            run.check_new(again=options.resume == "auto")
         if options.resume == "auto":
             console.print(f"[bold]{'resume':>13}[/]  nothing to go on from: a new run begins")
     else:

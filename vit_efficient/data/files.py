@@ -1,8 +1,9 @@
-"""Writing files so that a reader sees all of one or nothing."""
+"""Files: written so that a reader sees all of one or nothing, read by position."""
 
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,3 +64,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def read_span(descriptor: int, offset: int, length: int) -> bytes:
+    """Read exactly so many bytes; fewer only at the end of the file."""
+    parts = io.BytesIO()
+    while parts.tell() < length:
+        part = os.pread(descriptor, length - parts.tell(), offset + parts.tell())
+        if not part:
+            break
+        parts.write(part)
+    return parts.getvalue()

@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_efficient.data.files import read_span
 from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.samples import BadSample, Sample, parse_sample
-from vit_efficient.data.shards import read_index, read_span
+from vit_efficient.data.shards import read_index
 from vit_efficient.errors import DataError
 
 

@@ -7,8 +7,6 @@ any of them. Both are a function of the samples alone: same samples, same bytes.
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -199,14 +197,3 @@ def write_shards(samples: Iterable[Encoded], folder: Path, prefix: str, size: Sh
 def count_classes(labels: NDArray[np.integer], classes: int = 0) -> NDArray[np.int64]:
     """How often each label occurs; `classes` long at least."""
     return np.bincount(labels.astype(np.int64), minlength=classes)
-
-
-def read_span(descriptor: int, offset: int, length: int) -> bytes:
-    """Read exactly so many bytes; fewer only at the end of the file."""
-    parts = io.BytesIO()
-    while parts.tell() < length:
-        part = os.pread(descriptor, length - parts.tell(), offset + parts.tell())
-        if not part:
-            break
-        parts.write(part)
-    return parts.getvalue()

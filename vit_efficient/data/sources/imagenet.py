@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vit_efficient.config import Config
 from vit_efficient.data.encode import checked
-from vit_efficient.data.shards import read_span
+from vit_efficient.data.files import read_span
 from vit_efficient.data.sources.base import BadImage, Inputs, Labels, RawImage, Source
 from vit_efficient.errors import DataError
 

@@ -1,0 +1,54 @@
+"""Two real processes train what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+DDP = ("strategy=ddp", "strategy.devices=2", "strategy.accelerator=cpu", "data.workers=0")
+
+
+def steps_of(audit: Path) -> list[tuple[str, str, str]]:
+    return sorted((e, s, k) for e, s, _, k in (line.split() for line in audit.read_text().splitlines()))
+
+
+def test_two_ranks_are_one_run(command: Callable[..., str], small: Sequence[str], tmp_path: Path) -> None:
+    """Same global batches, each sample once, the last short batch included; the same losses to float tolerance."""
+    plain = ("--recipe", "fp32_sdpa", *small)
+    command("fit", *plain, "run.dir=one", "data.audit=one.txt")
+    command("fit", *plain, *DDP, "run.dir=two", "data.audit=two.txt")
+    assert steps_of(tmp_path / "one.txt") == steps_of(tmp_path / "two.txt")
+    ranks = {line.split()[2] for line in (tmp_path / "two.txt").read_text().splitlines()}
+    assert ranks == {"0", "1"}
+    one, two = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("one", "two"))
+    assert two["samples"] == 360  # evaluated once each, though 360 images do not fill both ranks' batches
+    assert [h["loss"] for h in two["history"]] == pytest.approx([h["loss"] for h in one["history"]], rel=2e-3)
+
+
+def test_both_ranks_stop_after_the_same_step(
+    start: Callable[..., subprocess.Popen[str]], command: Callable[..., str], small: Sequence[str], tmp_path: Path
+) -> None:
+    """A signal to one process stops both, saved; the run goes on in a single process with the same samples."""
+    words = ("--recipe", "fp32_sdpa", *small, "optim.epochs=6", "data.audit=a.txt", "run.dir=run")
+    words = tuple(w for w in words if w != "optim.epochs=3")
+    process = start("fit", *words, *DDP)
+    audit = tmp_path / "a.txt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if audit.exists() and len(audit.read_text().splitlines()) > 500:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    command("fit", "--resume", "run", "strategy=single")
+    seen = steps_of(audit)
+    assert len(seen) == len(set(seen)) == 6 * 1437
