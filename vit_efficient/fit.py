@@ -123,6 +123,8 @@ def fit(options: argparse.Namespace, console: Console) -> None:
         console.print(f"[bold]{'run':>13}[/]  {run.path}")
         result = train(recipe, machine, run, console, base=base.weights if base else None, resume=checkpoint)
     except StopRun as stop:
+        if rank() > 0:
+            return  # rank 0 reports; a child that ends with an error would make Lightning kill its parent
         again = shlex.join(["python", "-m", "vit_efficient.fit", "--resume", str(stop.checkpoint.parent.parent)])
         console.print(f"\nStopped by {stop.reason}; everything is saved in {stop.checkpoint}.\nGo on with:\n  {again}")
         number = getattr(signal, stop.reason, signal.SIGINT)
