@@ -75,9 +75,12 @@ class DeployedInt8(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Scales and bias stay float32, whatever dtype the model is cast to; they follow it to its device."""
+        scale, bias = self.weight_scale, self.bias
         super()._apply(fn, recurse)
-        self.weight_scale = self.weight_scale.to(torch.float32)
-        self.bias = None if self.bias is None else self.bias.to(torch.float32)
+        device = self.weight_scale.device
+        if device.type != "meta" and not scale.is_meta:  # a cast would have rounded them
+            self.weight_scale = scale.to(device)
+            self.bias = None if bias is None else bias.to(device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
