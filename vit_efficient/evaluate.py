@@ -38,11 +38,11 @@ def parser() -> Parser:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     from vit_efficient.engine.evaluation import evaluate_model
-    from vit_efficient.engine.monitor import peak_memory_bytes
-    from vit_efficient.engine.rundir import write_json
+        from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.setup import build_data, build_transforms
     from vit_efficient.engine.subject import find, from_checkpoint, from_weights
     from vit_efficient.engine.trainer import quiet
+    from vit_efficient.measure.memory import peak_memory_bytes
     from vit_efficient.measure.table import result_table
     from vit_efficient.measure.units import duration
 
@@ -75,6 +75,8 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     seconds = time.monotonic() - ready
     metrics = {
         **{key: figures[key] for key in ("top1", "top5", "f1", "loss", "samples")},
+        "epochs": 0,  # of training, by this command
+        "steps": 0,
         "images_per_second": figures["samples"] / seconds,
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": peak_memory_bytes(device),

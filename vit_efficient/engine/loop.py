@@ -19,6 +19,7 @@ from vit_efficient.engine.checkpoint import STEP_FILE
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.engine.watch import LossWatch, describe
+from vit_efficient.measure.memory import peak_memory_bytes
 from vit_efficient.model.module import ViTModule
 from vit_efficient.recipe.schema import CheckpointConfig
 
@@ -64,6 +65,7 @@ class RunLoop(L.Callback):
         self.best = {"top1": -1.0, "epoch": 0}
         self.history: list[dict[str, float]] = []
         self.latest: dict[str, Any] = {}
+        self.peak_memory = 0
         self.resumed_from: Path | None = None
         self._saved_at = time.monotonic()
         self._mark = time.monotonic()
@@ -83,6 +85,9 @@ class RunLoop(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mark = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.peak_memory = peak_memory_bytes(pl_module.device)  # here: afterwards Lightning moves the module to the CPU
 
     def elapsed(self) -> float:
         """Seconds of this run so far, earlier parts of a resumed run included."""

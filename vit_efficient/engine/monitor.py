@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -12,14 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_efficient.engine.figures import confusion_figure
 from vit_efficient.engine.loop import RunLoop
+from vit_efficient.measure.memory import peak_memory_bytes
 from vit_efficient.model.module import ViTModule
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: the allocator's peak on a GPU, the process's peak resident size on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 class Monitor(L.Callback):

@@ -17,7 +17,7 @@ from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.evaluation import evaluate_model
 from vit_efficient.engine.loop import RunLoop
-from vit_efficient.engine.monitor import Monitor, peak_memory_bytes
+from vit_efficient.engine.monitor import Monitor
 from vit_efficient.engine.progress import ConsoleProgress
 from vit_efficient.engine.resume import check_same_recipe
 from vit_efficient.engine.rundir import RunDir, write_json, write_text
@@ -108,7 +108,6 @@ def train(
         callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run
     trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
-    peak = peak_memory_bytes(module.device)
 
     module.keep_average()
     model = built.model.cpu()
@@ -125,7 +124,7 @@ def train(
         "seconds": loop.elapsed(),
         "train_seconds": loop.clock.train_seconds,
         "data_wait_share": (loop.clock.wait_seconds + data.wait_seconds) / max(loop.clock.train_seconds, 1e-9),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": loop.peak_memory,
         "parameters": built.parameters,
         "trainable_parameters": built.trainable,
         "quantized_parameters": built.report.quantized_parameters,

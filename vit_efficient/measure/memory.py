@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class Estimate:
             ("CUDA context and workspaces", CONTEXT),
         ]
         return [(what, size) for what, size in rows if size]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: the allocator's peak on a GPU, the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def storage_bytes(tensors: Iterator[Tensor]) -> int:
