@@ -38,7 +38,7 @@ def parser() -> Parser:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     from vit_efficient.engine.evaluation import evaluate_model
-        from vit_efficient.engine.rundir import write_json
+    from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.setup import build_data, build_transforms
     from vit_efficient.engine.subject import find, from_checkpoint, from_weights
     from vit_efficient.engine.trainer import quiet
