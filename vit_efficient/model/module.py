@@ -70,9 +70,24 @@ class ViTModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.optim.ema is not None:
             self.average = WeightAverage(self.model, self.optim.ema)
-        optimizer = build_optimizer(self.model, self.optim, self.lr)
+        scaled = str(self.trainer.precision).startswith("16")
+        optimizer = build_optimizer(self.model, self.optim, self.lr, scaled=scaled)
         schedule = build_schedule(optimizer, self.optim, self.steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients, unscaled by now.
+
+        Lightning's own refuses a fused optimizer under any mixed precision; only fp16 needs that care (`scaled`).
+        """
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of normalised images (B, 3, S, S)."""

@@ -38,8 +38,15 @@ def parameter_groups(model: nn.Module, config: OptimConfig, lr: float) -> list[d
     return groups
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`; ``adamw8bit`` keeps its moments in 8 bits (bitsandbytes)."""
+def build_optimizer(model: nn.Module, config: OptimConfig, lr: float, *, scaled: bool = False) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`; ``adamw8bit`` keeps its moments in 8 bits (bitsandbytes).
+
+    Args:
+        model: its trainable parameters are optimized.
+        config: which optimizer, and its settings.
+        lr: peak rate.
+        scaled: whether gradients come scaled (fp16), to be unscaled before they are clipped.
+    """
     groups = parameter_groups(model, config, lr)
     if config.name == "adamw8bit":
         try:
@@ -51,7 +58,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.o
             ) from error
         return AdamW8bit(groups, lr=lr, betas=config.betas)
     # One fused kernel a step on GPUs; on a CPU the plain loop over few, small tensors is as fast.
-    fused = next(model.parameters()).is_cuda
+    # Under fp16 the fused kernel would unscale inside the step, after the clipping.
+    fused = next(model.parameters()).is_cuda and not scaled
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
 
 
