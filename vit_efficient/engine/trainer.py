@@ -47,6 +47,7 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for text in (
         ".*does not have many workers.*",
+        ".*GPU available but not used.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*Found .* module.s. in eval mode at the start of training.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",

@@ -156,6 +156,8 @@ def test_gpu_has_the_integers_of_the_cpu(rows: int, k: int) -> None:
     q_MK, _ = reference.quantize_rows(x)
     q_NK, _ = reference.quantize_rows(weight)
     assert torch.equal(op.int8_matmul(q_MK.cuda(), q_NK.cuda()).cpu().long(), exact(q_MK, q_NK))
+    for own, expected in zip(op.quantize_rows(x.cuda()), reference.quantize_rows(x), strict=True):
+        assert torch.equal(own.cpu(), expected)  # codes and scales, to the last bit
     on_cpu = reference.int8_linear(x, weight, bias)
     on_gpu = op.int8_linear(x.cuda(), weight.cuda(), bias.cuda()).cpu()
-    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-5, atol=1e-5)
+    assert torch.equal(on_gpu, on_cpu)  # the same operations in the same order, each rounded alike

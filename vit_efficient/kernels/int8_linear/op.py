@@ -36,7 +36,8 @@ def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
         return reference.quantize_rows(x_MK)
     x_MK = x_MK.to(torch.float32)
     amax_M1 = torch.maximum(x_MK.amax(dim=1, keepdim=True), -x_MK.amin(dim=1, keepdim=True))
-    scale_M1 = (amax_M1 / LARGEST_CODE).clamp_min_(SMALLEST_SCALE).masked_fill_(amax_M1 == torch.inf, torch.nan)
+    divisor_M1 = torch.full_like(amax_M1, LARGEST_CODE)  # a tensor, as in the definition
+    scale_M1 = (amax_M1 / divisor_M1).clamp_min_(SMALLEST_SCALE).masked_fill_(amax_M1 == torch.inf, torch.nan)
     q_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
     for rows in _blocks(x_MK):
         q_MK[rows].copy_((x_MK[rows] / scale_M1[rows]).round_())

@@ -38,7 +38,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.to(torch.float32)
     amax = x.abs().amax(dim=-1, keepdim=True)
-    scale = (amax / LARGEST_CODE).clamp_min(SMALLEST_SCALE)
+    # By a tensor: PyTorch divides by a number on CUDA as a product with its reciprocal, which can be one bit off.
+    scale = (amax / torch.full_like(amax, LARGEST_CODE)).clamp_min(SMALLEST_SCALE)
     codes = (x / scale).round().clamp(-LARGEST_CODE, LARGEST_CODE).nan_to_num(0)
     return codes.to(torch.int8), torch.where(amax.isfinite(), scale, torch.nan)
 
