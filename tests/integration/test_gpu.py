@@ -27,3 +27,19 @@ def test_a_short_run_on_a_gpu(variant: str, precision: str, tmp_path: Path) -> N
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["loss"] < 3
     assert 10e6 < metrics["peak_memory_bytes"] < 600e6
+
+
+def test_the_peak_leaves_out_the_base_that_was_trained_before(tmp_path: Path) -> None:
+    """The first run trains its base in the same process, the second finds it there; both hold as much."""
+    peaks = []
+    for run in ("first", "second"):
+        words = [
+            "--recipe", "int4_sdpa", "optim.epochs=1", "optim.warmup_epochs=0", f"run.dir={run}",
+            "model.kwargs={patch_size: 8, depth: 2}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "vit_efficient.fit", *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        peaks.append(json.loads((tmp_path / run / "metrics.json").read_text())["peak_memory_bytes"])
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)

@@ -19,7 +19,7 @@ from vit_efficient.engine.checkpoint import STEP_FILE
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.engine.watch import LossWatch, describe
-from vit_efficient.measure.memory import peak_memory_bytes
+from vit_efficient.measure.memory import peak_memory_bytes, restart_peak
 from vit_efficient.model.module import ViTModule
 from vit_efficient.recipe.schema import CheckpointConfig
 
@@ -75,6 +75,7 @@ class RunLoop(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
+        restart_peak(pl_module.device)  # the same process may have trained the base of these adapters
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.signals.restore()

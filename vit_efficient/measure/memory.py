@@ -48,6 +48,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
+def restart_peak(device: torch.device) -> None:
+    """Count a GPU's peak from here on, so that what the process did before is left out; a CPU's cannot be restarted."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def storage_bytes(tensors: Iterator[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors: views of one storage count once."""
     seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
