@@ -52,3 +52,12 @@ def test_both_ranks_stop_after_the_same_step(
     command("fit", "--resume", "run", "strategy=single")
     seen = steps_of(audit)
     assert len(seen) == len(set(seen)) == 6 * 1437
+
+
+def test_both_ranks_find_the_base_that_they_trained(
+    command: Callable[..., str], small: Sequence[str], tmp_path: Path
+) -> None:
+    command("fit", "--recipe", "int4_sdpa", *small, *DDP, "run.dir=run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["base_seconds"] > 0
+    assert metrics["steps"] == 36
