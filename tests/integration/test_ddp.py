@@ -58,6 +58,6 @@ def test_both_ranks_find_the_base_that_they_trained(
     command: Callable[..., str], small: Sequence[str], tmp_path: Path
 ) -> None:
     command("fit", "--recipe", "int4_sdpa", *small, *DDP, "run.dir=run")
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["base_seconds"] > 0
-    assert metrics["steps"] == 36
+    (base,) = (tmp_path / "runs").glob("base-*")
+    for folder in (base, tmp_path / "run"):
+        assert json.loads((folder / "metrics.json").read_text())["steps"] == 36

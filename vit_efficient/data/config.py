@@ -11,6 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_v
 from vit_efficient.config import Config
 from vit_efficient.data.sources.config import SourceConfig
 
+Decoder = Literal["fast", "exact", "device"]
+
 
 class DataConfig(Config):
     source: SourceConfig = Field(description="What the shards were, or will be, made from.")
@@ -37,6 +39,11 @@ class DataConfig(Config):
         None,
         description="Shorter side, in pixels, that evaluation resizes to before the centre crop. "
         "Unset: from the crop ratio of the model's own timm config.",
+    )
+    decoder: Decoder = Field(
+        "fast",
+        description="`fast`: libjpeg-turbo decodes what the crop needs, torch resizes. `exact`: Pillow, pixel for "
+        "pixel what most training code does. `device`: JPEGs are decoded and resized on the GPU, by nvJPEG.",
     )
     streams: PositiveInt = Field(
         64, description="Parts of the shuffled epoch that are read side by side; part of the order's definition."

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from vit_efficient.data.config import AugmentConfig
 from vit_efficient.data.counter import Domain, hash_int
+from vit_efficient.data.deferred import DeferredImages, decode_on_device
 from vit_efficient.data.image import ImageSpec
 
 
@@ -40,6 +41,7 @@ class DeviceTransforms(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.interpolation = image.interpolation
         self.label_smoothing = label_smoothing
         self.mixup = augment.mixup if augment else 0.0
         self.cutmix = augment.cutmix if augment else 0.0
@@ -58,7 +60,7 @@ class DeviceTransforms(nn.Module):
         Returns:
             images float32 (B, 3, S, S) and targets float32 (B, classes) whose rows sum to 1.
         """
-        images = self.normalise(batch["image"])
+        images = self.normalise(self.pixels(batch))
         smoothing = self.label_smoothing if self.training else 0.0
         targets = functional.one_hot(batch["label"], self.num_classes).to(torch.float32)
         targets = targets * (1 - smoothing) + smoothing / self.num_classes
@@ -70,11 +72,22 @@ class DeviceTransforms(nn.Module):
             images, targets = self._mix(images, targets, batch["weight"], batch["step"], batch["micro"])
         return images, targets
 
+    def pixels(self, batch: Mapping[str, Any]) -> Tensor:
+        """uint8 (B, 3, S, S) of a batch; decodes what was left to the device."""
+        images: Tensor = batch["image"]
+        if "deferred" not in batch:
+            return images
+        deferred: DeferredImages = batch["deferred"]
+        decoded = decode_on_device(deferred, images.device, self.interpolation, batch["key"])
+        if not images.shape[0]:
+            return decoded
+        return images.index_copy(0, torch.tensor(deferred.rows, device=images.device), decoded)
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) to float32 with the model's mean and std."""
         if self._scale.device != images.device:
             self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
-        return torch.addcmul(self._shift, images.to(torch.float32), self._scale)
+        return torch.addcmul(self._shift, images.contiguous().to(torch.float32), self._scale)
 
     def _mix(self, images: Tensor, targets: Tensor, weight: Tensor, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """Mixup (Zhang et al. 2017, eq. 1) or CutMix (Yun et al. 2019, eq. 1-2); one lambda a micro-batch."""

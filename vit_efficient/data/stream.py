@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vit_efficient.data.counter import Domain, hash_words
 from vit_efficient.data.decode import UndecodableImage
+from vit_efficient.data.deferred import Deferred, DeferredImages
 from vit_efficient.data.plan import Piece, Plan
 from vit_efficient.data.reader import ShardReader
 from vit_efficient.data.samples import BadSample
@@ -99,7 +100,9 @@ class SampleStream(IterableDataset[Batch | Failure]):
             micro: number within the step.
 
         Returns:
-            `image` uint8 (b, 3, S, S); `label` int64 (b,); `weight` float32 (b,), 0 for what must not count;
+            `image` uint8 (b, 3, S, S), channels last in memory; `label` int64 (b,); `weight` float32 (b,), 0 for what
+            must not count; `deferred` images that the device decodes into their rows of `image` (if that is all rows,
+            `image` is empty);
             `position` int64 (b,) in the epoch, -1 for a filler; `key` list of b strings; `erase` int64 (b, 4), if the
             transform erases; `count` samples of the whole global batch; `step`; `epoch`; `micro` number of this
             micro-batch among those of all ranks; `skipped` list of what was left out, and why.
@@ -118,6 +121,7 @@ class SampleStream(IterableDataset[Batch | Failure]):
         batch = self._empty(positions.size)
         batch["position"] = torch.from_numpy(positions)
         pixels = np.zeros((positions.size, self.transform.size, self.transform.size, 3), np.uint8)
+        deferred = DeferredImages()
         for row, (shard, index, seed) in enumerate(zip(shards.tolist(), indices.tolist(), seeds.tolist(), strict=True)):
             try:
                 key, label, made = self._sample(shard, index, seed)
@@ -126,11 +130,18 @@ class SampleStream(IterableDataset[Batch | Failure]):
                     raise
                 batch["skipped"].append(str(error))
                 continue
-            pixels[row] = made.image
+            if isinstance(made.image, Deferred):
+                deferred.add(row, made.image)
+            else:
+                pixels[row] = made.image
             batch["label"][row], batch["weight"][row], batch["key"][row] = label, 1.0, key
             if self.transform.erases:
                 batch["erase"][row] = torch.tensor(made.erase)
-        batch["image"] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        if deferred.rows:
+            batch["deferred"] = deferred
+            if len(deferred.rows) == positions.size:
+                pixels = pixels[:0]
+        batch["image"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # a view: the device puts channels first
         return batch
 
     def _sample(self, shard: int, index: int, seed: int) -> tuple[str, int, Pixels]:

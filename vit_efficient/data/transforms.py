@@ -14,14 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional
 
-from vit_efficient.data.config import AugmentConfig
-from vit_efficient.data.decode import decode
+from vit_efficient.data.config import AugmentConfig, Decoder
+from vit_efficient.data.deferred import Deferred
 from vit_efficient.data.image import ImageSpec
+from vit_efficient.data.jpeg import Box, read_frame, reduction, snapped
+from vit_efficient.data.picture import interpolation, open_picture
 from vit_efficient.errors import DataError
-
-Box = tuple[int, int, int, int]  # x0, y0, width, height
 
 _TRIES = 10
 _ERASE_AREA, _ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of Zhong et al. 2017, "Random erasing"; as in timm
@@ -29,9 +28,9 @@ _ERASE_AREA, _ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of Zhong et al. 201
 
 @dataclass(frozen=True)
 class Pixels:
-    """uint8 image of shape (size, size, 3), and the box to erase (empty: width 0)."""
+    """uint8 image of shape (size, size, 3), or what a GPU makes it of, and the box to erase (empty: width 0)."""
 
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | Deferred
     erase: Box = (0, 0, 0, 0)
 
 
@@ -45,17 +44,18 @@ class Transform(Protocol):
 
 
 class EvalTransform:
-    """Resize the shorter side, crop the centre; pixel for pixel what timm's evaluation does.
+    """Resize the shorter side, crop the centre, as timm's evaluation does; with `exact`, pixel for pixel.
 
     Args:
         image: what the model expects.
         resize: shorter side in pixels; None: `floor(size / crop_pct)`.
+        decoder: see `picture`; `device` leaves JPEGs to the GPU.
     """
 
     erases = False
 
-    def __init__(self, image: ImageSpec, resize: int | None = None) -> None:
-        self.size = image.size
+    def __init__(self, image: ImageSpec, resize: int | None = None, decoder: Decoder = "fast") -> None:
+        self.size, self.decoder = image.size, decoder
         self.resize = math.floor(image.size / image.crop_pct) if resize is None else resize
         self.interpolation = interpolation(image.interpolation)
         if self.resize < self.size:
@@ -65,21 +65,35 @@ class EvalTransform:
             )
 
     def __call__(self, data: bytes, key: int = 0) -> Pixels:
-        resized = functional.resize(decode(data), [self.resize], self.interpolation, antialias=True)
-        return Pixels(np.asarray(functional.center_crop(resized, [self.size, self.size])))
+        picture = open_picture(data, self.interpolation, exact=self.decoder == "exact")
+        width, height = picture.width, picture.height
+        short = min(width, height)  # the longer side is rounded down, the margins to even, as torchvision does
+        across, down = self.resize * width // short, self.resize * height // short
+        left, top = round((across - self.size) / 2), round((down - self.size) / 2)
+        whole = (0, 0, width, height)
+        if self.decoder == "device" and read_frame(data):
+            return Pixels(Deferred(data, whole, (across, down), (left, top), self.size, flip=False))
+        # what is decoded keeps twice the resolution of the result, so that nobody's accuracy moves
+        resized = picture.resized(whole, across, down, scale=reduction(whole, 2 * across, 2 * down))
+        return Pixels(resized[top : top + self.size, left : left + self.size])
 
 
 class TrainTransform:
     """Random resized crop, horizontal flip, RandAugment, and a box to erase.
 
     The draws come from torch's global CPU generator, seeded with the sample's key and put back afterwards.
+
+    Args:
+        image: what the model expects.
+        augment: how much of each.
+        decoder: see `picture`; `device` leaves JPEGs to the GPU.
     """
 
-    def __init__(self, image: ImageSpec, augment: AugmentConfig) -> None:
-        self.size = image.size
+    def __init__(self, image: ImageSpec, augment: AugmentConfig, decoder: Decoder = "fast") -> None:
+        self.size, self.decoder = image.size, decoder
         self.augment = augment
         self.erases = augment.erasing > 0
-        self.resample = Image.Resampling[interpolation(image.interpolation).name]
+        self.interpolation = interpolation(image.interpolation)
         self.rand_augment: v2.RandAugment | None = None
         if augment.rand_augment:
             self.rand_augment = v2.RandAugment(
@@ -91,31 +105,25 @@ class TrainTransform:
             )
 
     def __call__(self, data: bytes, key: int) -> Pixels:
-        image = decode(data)
+        picture = open_picture(data, self.interpolation, exact=self.decoder == "exact")
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed: that would seed, or queue a seeding of, every GPU too
             torch.default_generator.manual_seed(key)
             flip, erase = torch.rand(2).tolist()
-            x, y, width, height = draw_crop(*image.size, self.augment.crop_scale, self.augment.crop_ratio)
-            image = image.crop((x, y, x + width, y + height)).resize((self.size, self.size), self.resample)
-            if flip < self.augment.flip:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            if self.rand_augment is not None:
-                image = self.rand_augment(image)
+            crop = draw_crop(picture.width, picture.height, self.augment.crop_scale, self.augment.crop_ratio)
+            scale = reduction(crop, self.size, self.size)
+            crop = snapped(crop, scale)  # whatever the decoder, so that all of them crop the same
+            flip = flip < self.augment.flip
+            image: NDArray[np.uint8] | Deferred
+            if self.decoder == "device" and read_frame(data):
+                image = Deferred(data, crop, (self.size, self.size), (0, 0), self.size, flip)
+            else:
+                image = picture.resized(crop, self.size, self.size, scale=scale)
+                image = image[:, ::-1] if flip else image
+                if self.rand_augment is not None:
+                    image = np.asarray(self.rand_augment(Image.fromarray(image)))
             box = draw_erase(self.size) if erase < self.augment.erasing else (0, 0, 0, 0)
-        return Pixels(np.asarray(image), box)
-
-
-def interpolation(name: str) -> InterpolationMode:
-    """torchvision's name for `bicubic`, `bilinear`, ...
-
-    Raises:
-        DataError: there is no such interpolation.
-    """
-    known = {mode.value: mode for mode in InterpolationMode}
-    if name not in known:
-        raise DataError(f"The model asks for interpolation {name!r}; known are {', '.join(known)}.")
-    return known[name]
+        return Pixels(image, box)
 
 
 def draw_crop(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:

@@ -140,6 +140,7 @@ def train(
     }
     if rank() == 0:
         write_json(run.metrics, metrics)
+    _barrier()  # nobody looks for what rank 0 has not written yet
     return Result(run, metrics)
 
 

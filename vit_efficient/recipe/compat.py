@@ -161,6 +161,25 @@ def _divisors(number: int) -> list[int]:
 
 
 def _data(recipe: Recipe) -> list[Problem]:
+    return [*_decoder(recipe), *_shards(recipe)]
+
+
+def _decoder(recipe: Recipe) -> list[Problem]:
+    """What `data.decoder: device` cannot do."""
+    if recipe.data.decoder != "device":
+        return []
+    otherwise = "Take data.decoder=fast"
+    problems = []
+    if recipe.strategy.accelerator != "gpu":
+        problems.append(f"is device, which decodes on an NVIDIA GPU, and this runs on a CPU. {otherwise}")
+    if recipe.augment.rand_augment:
+        problems.append(f"is device, and augment.rand_augment works on the CPU's pixels. {otherwise}, or set it to 0")
+    if recipe.data.on_error == "skip":
+        problems.append(f"is device, which finds bad images too late to leave them out. {otherwise}")
+    return [Problem("data.decoder", message) for message in problems]
+
+
+def _shards(recipe: Recipe) -> list[Problem]:
     data = recipe.data
     if data.shards or data.eval_shards or data.source.name == "digits":
         return []

@@ -26,11 +26,14 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(("interpolation", "crop_pct"), [("bicubic", 0.9), ("bilinear", 0.875), ("bicubic", 1.0)])
 def test_evaluation_is_timms_pixel_for_pixel(shape: tuple[int, int], interpolation: str, crop_pct: float) -> None:
     pixels = picture(*shape)
-    ours = EvalTransform(ImageSpec(32, MEAN, STD, interpolation, crop_pct))(encode_png(pixels)).image
+    spec = ImageSpec(32, MEAN, STD, interpolation, crop_pct)
+    ours = EvalTransform(spec, decoder="exact")(encode_png(pixels)).image
+    fast = EvalTransform(spec)(encode_png(pixels)).image
     timms = transforms_imagenet_eval(32, crop_pct, interpolation=interpolation, use_prefetcher=True)
     theirs = np.asarray(timms(Image.fromarray(pixels))).transpose(1, 2, 0)
     assert ours.shape == (32, 32, 3)
     assert np.array_equal(ours, theirs)
+    assert np.abs(fast.astype(int) - theirs).max() <= 1
 
 
 def test_eval_resize_overrides_the_crop_ratio() -> None:
