@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import tarfile
 from dataclasses import dataclass
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from vit_efficient.errors import DataError
 
@@ -36,9 +37,38 @@ def parse_sample(span: bytes, origin: str) -> Sample:
     Raises:
         BadSample: no image, no label, or not a tar.
     """
+    key, members = _plain_members(span) or _any_members(span, origin)
+    extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+    if extension is None:
+        raise BadSample(f"{origin}, sample {key}: no image; looked for {', '.join(IMAGE_EXTENSIONS)}")
+    return Sample(key, members[extension], parse_label(members.get("cls"), f"{origin}, sample {key}"))
+
+
+def _plain_members(span: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """Key and members by extension; None for what is not just files of one key with short names."""
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    at = 0
+    try:
+        while at < len(span):
+            header = tarfile.TarInfo.frombuf(span[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+            prefix, suffix = base_plus_ext(header.name)
+            name = (suffix or "").lower()
+            if header.type != tarfile.REGTYPE or prefix is None or name in members or key not in (None, prefix):
+                return None
+            key, at = prefix, at + tarfile.BLOCKSIZE
+            members[name] = span[at : at + header.size]
+            at += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except tarfile.HeaderError:
+        return None
+    return (key, members) if key is not None and at == len(span) else None
+
+
+def _any_members(span: bytes, origin: str) -> tuple[str, dict[str, bytes]]:
+    """The same as webdataset reads it: long names, blocks of zeros, and all else that a tar may hold."""
     try:
         groups = list(group_by_keys(tar_file_expander([{"url": origin, "stream": io.BytesIO(span)}])))
-    except (OSError, ValueError, EOFError) as error:  # tarfile's errors are OSErrors
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise BadSample(f"{origin}: not a tar where a sample should be: {error}") from error
     if len(groups) != 1:
         raise BadSample(
@@ -46,11 +76,7 @@ def parse_sample(span: bytes, origin: str) -> Sample:
             "Make the index again with `python -m vit_efficient.prepare index`."
         )
     members = groups[0]
-    key = members["__key__"]
-    extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
-    if extension is None:
-        raise BadSample(f"{origin}, sample {key}: no image; looked for {', '.join(IMAGE_EXTENSIONS)}")
-    return Sample(key, members[extension], parse_label(members.get("cls"), f"{origin}, sample {key}"))
+    return members["__key__"], members
 
 
 def parse_label(text: bytes | None, where: str) -> int:
