@@ -151,7 +151,7 @@ class ViTDataModule(lightning.LightningDataModule):
         accumulate = self.accumulate(world)
         plan = Plan(_counts(shards), seed=self.seed, streams=self.config.streams)
         reader = ShardReader(shards, self.num_classes, min(self.config.streams + 8, _OPEN_FILES))
-        transform = TrainTransform(self._image(), self.augment)
+        transform = TrainTransform(self._image(), self.augment, self.config.decoder)
         layout = Layout(self.config.batch_size, rank, world, accumulate)
         open_stream = partial(
             SampleStream, reader, plan, transform, layout, seed=self.seed, skip_bad=self.config.on_error == "skip"
@@ -166,7 +166,7 @@ class ViTDataModule(lightning.LightningDataModule):
         plan = Plan(_counts(self._eval), shuffle=False)
         layout = Layout(self._eval_batch(world) * world, rank, world)
         steps = plan.steps(layout.batch_size)
-        transform = EvalTransform(self._image(), self.config.eval_resize)
+        transform = EvalTransform(self._image(), self.config.eval_resize, self.config.decoder)
         reader = ShardReader(self._eval, self.num_classes)
         stream = SampleStream(reader, plan, transform, layout, stop=steps, skip_bad=self.config.on_error == "skip")
         self._eval_loader = EvalLoader(stream, steps, Workers(self.workers, self._pins()))

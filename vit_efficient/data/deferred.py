@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from vit_efficient.data.jpeg import Box
+from vit_efficient.data.jpeg import Box, read_frame
 from vit_efficient.errors import DataError
 
 
@@ -31,6 +31,11 @@ class Deferred(NamedTuple):
     corner: tuple[int, int]
     size: int
     flip: bool
+
+
+def can_defer(data: bytes) -> bool:
+    """Whether these bytes are a JPEG that nvJPEG takes, and whole: what is missing it would fill with grey."""
+    return data.endswith(b"\xff\xd9") and read_frame(data) is not None
 
 
 class DeferredImages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,10 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def read_span(descriptor: int, offset: int, length: int) -> bytes:
     """Read exactly so many bytes; fewer only at the end of the file."""
-    parts = io.BytesIO()
-    while parts.tell() < length:
-        part = os.pread(descriptor, length - parts.tell(), offset + parts.tell())
-        if not part:
-            break
-        parts.write(part)
-    return parts.getvalue()
+    span = os.pread(descriptor, length, offset)
+    while len(span) < length and (more := os.pread(descriptor, length - len(span), offset + len(span))):
+        span += more
+    return span

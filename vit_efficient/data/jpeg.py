@@ -107,15 +107,15 @@ def decode_crop(data: bytes, frame: Frame, box: Box, scale: int = 1) -> NDArray[
     if frame.height_at is not None:
         # the rows of colour next to the last one are blended into it, so keep two of them
         rows = min(rows, y + height + 2 * scale * frame.sampling)
+    shorter = bytearray(data)
     if rows < frame.height:
-        at = frame.height_at
-        assert at is not None
-        data = data[:at] + rows.to_bytes(2, "big") + data[at + 2 :]
+        assert frame.height_at is not None
+        shorter[frame.height_at : frame.height_at + 2] = rows.to_bytes(2, "big")
     shape = (-(-rows // scale), -(-frame.width // scale), 3)
     pixels = np.empty(shape, np.uint8)
     smallest = {"min_height": shape[0], "min_width": shape[1]} if scale > 1 else {}
     try:
-        simplejpeg.decode_jpeg(data, buffer=pixels, **smallest)
+        simplejpeg.decode_jpeg(shorter, buffer=pixels, **smallest)
     except ValueError as error:
         # what is below the last row is, of course, left over; the pixels are there all the same
         if rows == frame.height or _LEFT_OVER not in str(error):

@@ -13,7 +13,6 @@ from vit_efficient.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 
-
 class BadSample(DataError):  # noqa: N818 - named for the thing
     """One sample that cannot be used, while its neighbours can: what `data.on_error: skip` leaves out."""
 
@@ -45,23 +44,35 @@ def parse_sample(span: bytes, origin: str) -> Sample:
 
 
 def _plain_members(span: bytes) -> tuple[str, dict[str, bytes]] | None:
-    """Key and members by extension; None for what is not just files of one key with short names."""
+    """Key and members by extension, of files of one key with plain headers; None for all else that a tar may hold."""
     key: str | None = None
     members: dict[str, bytes] = {}
     at = 0
-    try:
-        while at < len(span):
-            header = tarfile.TarInfo.frombuf(span[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-            prefix, suffix = base_plus_ext(header.name)
-            name = (suffix or "").lower()
-            if header.type != tarfile.REGTYPE or prefix is None or name in members or key not in (None, prefix):
-                return None
-            key, at = prefix, at + tarfile.BLOCKSIZE
-            members[name] = span[at : at + header.size]
-            at += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except tarfile.HeaderError:
-        return None
+    while at < len(span):
+        header = _plain_header(span[at : at + tarfile.BLOCKSIZE])
+        if header is None:
+            return None
+        name, size = header
+        prefix, suffix = base_plus_ext(name)
+        suffix = (suffix or "").lower()
+        if prefix is None or suffix in members or key not in (None, prefix):
+            return None
+        key, at = prefix, at + tarfile.BLOCKSIZE
+        members[suffix] = span[at : at + size]
+        at += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return (key, members) if key is not None and at == len(span) else None
+
+
+def _plain_header(block: bytes) -> tuple[str, int] | None:
+    """Name and size of a regular file with a short ASCII name (POSIX.1-1988, "ustar"); None for any other header.
+
+    By hand, as `tarfile` would take a twentieth of a loader's time; the span's checksum has vouched for the bytes.
+    """
+    name, size = block[:100].rstrip(b"\0"), block[124:136].rstrip(b"\0 ")
+    regular = block[156:157] == b"0" and block[257:262] == b"ustar" and block[345:346] == b"\0"
+    if not (regular and name.isascii() and re.fullmatch(rb"[0-7]+", size)):
+        return None
+    return name.decode("ascii"), int(size, 8)
 
 
 def _any_members(span: bytes, origin: str) -> tuple[str, dict[str, bytes]]:

@@ -71,7 +71,7 @@ def measure_data(
         progress(f"the loader with {number} worker{'s' * (number > 1)}, for {seconds:g} s")
         config = DataConfig(source=DigitsConfig(), shards=shards, eval_shards=shards, batch_size=batch_size)
         loads.append(asdict(measure_loader(config, spec, number, seconds)))
-    figures["loader"] = {"batch_size": batch_size, "loads": loads}
+    figures["loader"] = loads
     figures["device"] = measure_device(sample, size, mode, progress)
     return figures
 
@@ -129,9 +129,11 @@ def _decoding_table(decoding: dict[str, Any]) -> Table:
     return table
 
 
-def _loader_table(loader: dict[str, Any]) -> Table:
-    table = _table(f"The loader, batches of {loader['batch_size']}", "workers", "images/s", "a worker", "images timed")
-    for load in loader["loads"]:
+def _loader_table(loads: Sequence[dict[str, Any]]) -> Table:
+    table = _table(
+        f"The loader, batches of {loads[0]['batch_size']}", "workers", "images/s", "a worker", "images timed"
+    )
+    for load in loads:
         each = load["rate"] / load["workers"]
         table.add_row(f"{load['workers']}", f"{load['rate']:,.0f}", f"{each:,.0f}", f"{load['images']:,}")
     return table
