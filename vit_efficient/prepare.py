@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import shlex
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
+from vit_efficient.bars import progress
 from vit_efficient.cli import Parser, run_command
+from vit_efficient.data import manifest as manifests
+from vit_efficient.data.encode import Recode
 from vit_efficient.data.indexing import index_pattern
-from vit_efficient.data.manifest import Manifest
+from vit_efficient.data.manifest import Manifest, read_manifest
 from vit_efficient.data.preparation import DEFAULT_SIZE, Options, prepare_source
-from vit_efficient.data.preparation import Progress as Report
-from vit_efficient.data.shards import ShardSize
+from vit_efficient.data.shard_writer import ShardSize
 from vit_efficient.data.sources.base import Inputs
 from vit_efficient.data.sources.config import SourceConfig
+from vit_efficient.data.verify import verify_folder
 from vit_efficient.errors import UserError
+from vit_efficient.machine import detect
 
 EXAMPLES = """\
 examples:
   prepare digits --out data/digits
   prepare cifar10 cifar-10-binary.tar.gz --out data/cifar10
   prepare folder photos/ --val-fraction 0.1 --out data/photos
-  prepare imagenet --train ILSVRC2012_img_train.tar --out data/in1k
+  prepare imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
+      --devkit ILSVRC2012_devkit_t12.tar.gz --out data/in1k
+  prepare tiny_imagenet tiny-imagenet-200.zip --out data/tiny_imagenet
+  prepare csv photos.csv --val-fraction 0.1 --out data/photos
+  prepare parquet beans/data --label-column labels --out data/beans
   prepare index 'shards/x-{000000..000099}.tar'
+  prepare --verify data/in1k
 """
 
 
@@ -50,24 +45,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = {config.model_fields["name"].default: config for config in get_args(get_args(SourceConfig)[0])}
     args = _parser([*sources, "index"]).parse_args(argv)
     console = Console(stderr=True)
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes {args.processes}: expected at least 1")
+    processes = args.processes or detect().cores
+    if args.verify is not None:
+        return _verify(args, console, processes)
+    if args.source is None:
+        raise UserError(f"prepare needs a SOURCE: {', '.join([*sources, 'index'])}; or --verify DIR")
     if args.source == "index":
-        if args.path is None or args.out is not None or args.train or args.val or args.val_fraction is not None:
-            raise UserError("index takes a pattern alone: prepare index 'shards/x-{000000..000099}.tar'")
-        names = _class_names(args.classes) if args.classes else None
-        with _progress(console, "shards") as (report, tasks):
-            made = {"index": index_pattern(args.path, names, report)}
-        _tell(made, args.path, tasks)
-        return 0
+        return _index(args, console, processes)
     if args.out is None:
         raise UserError(f"prepare {args.source} needs --out DIR, the folder to write the shards to")
     if args.classes:
         raise UserError("--classes belongs to `prepare index`; a source knows its class names")
-    inputs = Inputs(args.path and Path(args.path), args.train, tuple(args.val or ()))
-    options = Options(args.val_fraction, args.seed, args.shard_size, args.max_bad)
-    with _progress(console, "images") as (report, tasks):
-        made = prepare_source(sources[args.source]().open(inputs), args.out, options, report)
-    _tell(made, str(args.out), tasks)
+    options = Options(args.val_fraction, args.seed, args.shard_size, args.max_bad, _recode(args), processes)
+    try:
+        with progress(console, "images") as report:
+            made = prepare_source(sources[args.source]().open(_inputs(args)), args.out, options, report)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from the last whole shard.")
+        return 130
+    _tell(made, str(args.out), report.parts)
     return 0
+
+
+def _index(args: argparse.Namespace, console: Console, processes: int) -> int:
+    if args.path is None or args.out is not None or args.train or args.val or args.val_fraction is not None:
+        raise UserError("index takes a pattern alone: prepare index 'shards/x-{000000..000099}.tar'")
+    names = _class_names(args.classes) if args.classes else None
+    with progress(console, "shards") as report:
+        made = {"index": index_pattern(args.path, names, report, processes)}
+    _tell(made, args.path, report.parts)
+    return 0
+
+
+def _verify(args: argparse.Namespace, console: Console, processes: int) -> int:
+    """Check folders; faults go to standard output, a line each, and the exit code is 2 if there are any."""
+    if args.source is not None:
+        raise UserError("--verify DIR stands alone: python -m vit_efficient.prepare --verify data/in1k")
+    folder = args.verify
+    parts = [folder / name for name in ("train", "val") if (folder / name / manifests.NAME).is_file()]
+    if (folder / manifests.NAME).is_file() or not parts:
+        parts = [folder]
+    faults, samples, shards = 0, 0, 0
+    with progress(console, "shards") as report:
+        for part in parts:
+            for fault in verify_folder(part, report, processes, decode=not args.no_decode):
+                print(fault, flush=True)
+                faults += 1
+            manifest = read_manifest(part)
+            samples, shards = samples + manifest.samples, shards + len(manifest.shards)
+    if faults:
+        print(f"{folder}: {faults} fault{'s' * (faults != 1)}; copy or prepare the shards that are named again.")
+        return 2
+    decoded = "" if args.no_decode else ", every image decodes"
+    print(f"{folder}: {samples:,} samples in {shards:,} shards are as they were written{decoded}.")
+    return 0
+
+
+def _recode(args: argparse.Namespace) -> Recode:
+    if args.shortest_side is None:
+        if args.quality is not None:
+            raise UserError("--quality belongs to --shortest-side: what is not resized is not encoded again")
+        return Recode()
+    if args.shortest_side < 1:
+        raise UserError(f"--shortest-side {args.shortest_side}: expected pixels, at least 1")
+    quality = Recode().quality if args.quality is None else args.quality
+    if not 1 <= quality <= 100:
+        raise UserError(f"--quality {quality}: expected 1 to 100")
+    return Recode(args.shortest_side, quality)
+
+
+def _inputs(args: argparse.Namespace) -> Inputs:
+    return Inputs(
+        path=args.path and Path(args.path),
+        train=args.train,
+        val=tuple(args.val or ()),
+        devkit=args.devkit,
+        labels=args.labels,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
 
 
 def parse_size(text: str) -> ShardSize:
@@ -101,11 +159,15 @@ def _parser(sources: list[str]) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", choices=sources, metavar="SOURCE", help=f"{', '.join(sources)}")
-    parser.add_argument("path", nargs="?", metavar="PATH", help="folder or archive; for `index` a brace pattern")
+    parser.add_argument("source", nargs="?", choices=sources, metavar="SOURCE", help=f"{', '.join(sources)}")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="folder, archive or file; for `index` a brace pattern")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where train/ and val/ are written")
     parser.add_argument("--train", type=Path, metavar="TAR", help="imagenet: the official training archive")
-    parser.add_argument("--val", type=Path, nargs="+", metavar="TAR", help="imagenet: archives of the same layout")
+    parser.add_argument("--val", type=Path, nargs="+", metavar="TAR", help="imagenet: the official validation archive")
+    parser.add_argument("--devkit", type=Path, metavar="TAR", help="imagenet: development kit, for the labels of --val")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="imagenet: image,synset for --val, instead")
+    parser.add_argument("--image-column", metavar="NAME", help="csv, parquet: column of images (default path, image)")
+    parser.add_argument("--label-column", metavar="NAME", help="csv, parquet: column of labels (default label)")
     parser.add_argument("--val-fraction", type=float, metavar="F", help="share of each class to set aside as val")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of what is set aside (default 0)")
     parser.add_argument(
@@ -114,41 +176,15 @@ def _parser(sources: list[str]) -> Parser:
     parser.add_argument(
         "--max-bad", type=float, default=0.01, metavar="F", help="share of unusable images that stops it (default 0.01)"
     )
+    parser.add_argument(
+        "--shortest-side", type=int, metavar="PIXELS", help="resize images whose shorter side is longer, as JPEG"
+    )
+    parser.add_argument("--quality", type=int, metavar="Q", help="of those JPEGs, 1 to 100 (default 92)")
+    parser.add_argument("--processes", type=int, metavar="N", help="that share the work (default: a core each)")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="check shards down to every byte, and stop")
+    parser.add_argument("--no-decode", action="store_true", help="verify: do not decode the images")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="index: class names by label, one a line")
     return parser
-
-
-class _Speed(ProgressColumn):
-    """Items a second."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else "", style="progress.data.speed")
-
-
-@contextmanager
-def _progress(console: Console, unit: str) -> Iterator[tuple[Report, dict[str, TaskID]]]:
-    """A bar for each split, as it is reached; warnings appear above the bars."""
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logger = logging.getLogger("vit_efficient")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn())
-    with Progress(*columns, console=console, refresh_per_second=5) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(split: str, done: int, total: int) -> None:
-            if split not in tasks:
-                tasks[split] = bars.add_task(split, total=total)
-            bars.update(tasks[split], completed=done)
-
-        logger.addHandler(handler)
-        try:
-            yield report, tasks
-        finally:
-            logger.removeHandler(handler)
 
 
 def _tell(made: dict[str, Manifest], where: str, written: Container[str]) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +57,7 @@ def test_digits_twice_give_the_same_bytes(tmp_path: Path) -> None:
     assert (code, "Traceback" in err) == (0, False)
     assert "train: 1,437 images of 10 classes in 1 shard" in out
     assert "val: 360 images" in out
-    assert "images/s" in err  # the progress bar
+    assert re.search(r"train: 1,437 of 1,437 images, [\d,]+/s", err)  # no terminal: lines
     assert main(["digits", "--out", str(tmp_path / "b")]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert set(contents(tmp_path / "a")) == {
@@ -86,6 +91,143 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     code, _, _ = run(*words, "--out", out)
     assert code == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def photographs(shared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3,000 real photographs in three class folders: 1,000 from ImageNet, three times by links."""
+    folder = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(shared("data/ILSVRC2012_sample_train.tar")) as outer:
+        for member in outer:
+            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                inner.extractall(folder / "all", filter="data")
+    files = sorted((folder / "all").iterdir())
+    assert len(files) == 1000
+    for name in ("one", "two", "three"):
+        (folder / "classes" / name).mkdir(parents=True)
+        for file in files:
+            (folder / "classes" / name / file.name).symlink_to(file)
+    return folder / "classes"
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by this one, and by those."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(stat.parent.name)
+            found += [child, *children(child)]
+    return found
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_with_several_processes(photographs: Path, tmp_path: Path) -> None:
+    """Every start goes on from the last whole shard; in the end all bytes are those of one undisturbed process."""
+    words = ("folder", photographs, "--val-fraction", "0.1", "--shard-size", "150")
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert main([*map(str, words), "--processes", "1", "--out", str(whole)]) == 0
+    rng, done, kills = random.Random(0), 0, 0
+    while True:
+        process = start(*words, "--processes", "2", "--out", out)
+        try:
+            process.communicate(timeout=rng.uniform(1.0, 3.5))
+        except subprocess.TimeoutExpired:
+            workers = children(process.pid)
+            process.kill()
+            process.communicate()
+            for worker in workers:
+                assert not Path(f"/proc/{worker}").exists() or ends(worker), "a worker outlives its parent"
+            kills += 1
+            shards = len(list(out.glob("*/*.idx.npy")))
+            assert shards >= done
+            done = shards
+            assert kills < 20, "it does not get on"
+            continue
+        assert process.returncode == 0
+        break
+    assert kills >= 2
+    assert contents(out) == contents(whole)
+
+
+def ends(pid: int) -> bool:
+    """Whether a process is gone within ten seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_with_an_explanation(photographs: Path, tmp_path: Path) -> None:
+    process = start("folder", photographs, "--processes", "2", "--shard-size", "100", "--out", tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("train/*.tar")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "was killed" in err
+    assert "goes on from the last whole shard" in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_set(photographs: Path, tmp_path: Path) -> None:
+    peaks = []
+    for name, classes in (("small", ["one"]), ("large", ["one", "two", "three"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for one in classes:
+            (folder / one).symlink_to(photographs / one)
+        process = start("folder", folder, "--processes", "1", "--out", tmp_path / f"{name}-out")
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+def test_verify_finds_what_was_altered(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    main(["folder", str(photos(tmp_path / "photos", 60)), "--out", str(folder), "--shard-size", "10"])
+    code, out, _ = run("--verify", folder)
+    assert (code, "60 samples in 6 shards are as they were written" in out) == (0, True)
+
+    train = folder / "train"
+    altered = bytearray((train / "train-000001.tar").read_bytes())
+    altered[3000] ^= 1
+    (train / "train-000001.tar").write_bytes(altered)
+    os.truncate(train / "train-000002.tar", 5000)
+    (train / "train-000003.tar").unlink()
+    (train / "train-000004.idx.npy").write_bytes(b"")
+    (train / "train-000009.tar").write_bytes(b"")
+    code, out, err = run("--verify", folder, "--processes", "2")
+    assert code == 2
+    assert "Traceback" not in err
+    for said in (
+        r"train-000001.tar: its sha256 is not the manifest's",
+        r"train-000001.tar: sample \d{8}_\S+ \(number 0\): its bytes are not those that were written",
+        r"train-000002.tar: 5,000 bytes, [\d,]+ in the manifest",
+        r"train-000003.tar: not there",
+        r"train-000004.tar: The offset index .* cannot be read",
+        r"train-000009.tar: not in the manifest",
+        r"class class\d has \d+ samples, \d+ in the manifest",
+    ):
+        assert re.search(said, out), (said, out)
+    assert "train-000000" not in out
+    assert "train-000005" not in out
 
 
 def test_an_interrupt_ends_without_a_traceback(tmp_path: Path) -> None:
@@ -136,6 +278,13 @@ def test_shards_of_others_are_indexed_and_streamed(tmp_path: Path) -> None:
         (["digits", "--out", "OUT", "--shard-size", "7 parsec"], "expected a number of samples"),
         (["digits", "--out", "/proc/nothing"], "cannot be made"),
         (["digits", "--outt", "x"], "there is no option --outt"),
+        ([], "needs a SOURCE"),
+        (["digits", "--verify", "x"], "stands alone"),
+        (["--verify", "absent"], "has no manifest.json"),
+        (["digits", "--out", "OUT", "--quality", "90"], "belongs to --shortest-side"),
+        (["digits", "--out", "OUT", "--shortest-side", "9", "--quality", "101"], "expected 1 to 100"),
+        (["digits", "--out", "OUT", "--shortest-side", "0"], "at least 1"),
+        (["digits", "--out", "OUT", "--processes", "0"], "at least 1"),
     ],
 )
 def test_mistakes_are_explained(tmp_path: Path, words: list[str], message: str) -> None:

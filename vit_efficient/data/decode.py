@@ -9,6 +9,7 @@ import zlib
 from PIL import Image
 
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UndecodableImage(ValueError):  # noqa: N818 - named for the thing
@@ -23,6 +24,18 @@ def open_image(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data))
+    except _BROKEN as error:
+        raise UndecodableImage(_reason(error)) from error
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF tag asks for it to be shown turned or mirrored.
+
+    Raises:
+        UndecodableImage: the data end early or are damaged (a PNG may have the tag behind its pixels).
+    """
+    try:
+        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
     except _BROKEN as error:
         raise UndecodableImage(_reason(error)) from error
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
 import numpy as np
 
 from vit_efficient.data import manifest as manifests
@@ -9,11 +14,15 @@ from vit_efficient.data.files import locked
 from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
 from vit_efficient.data.preparation import Progress, silent
 from vit_efficient.data.resolve import expand
-from vit_efficient.data.shards import count_classes, read_index, scan_shard, write_index
+from vit_efficient.data.shards import Scan, count_classes, read_index, scan_shard, write_index
 from vit_efficient.errors import DataError
 
+_FEW = 8  # shards that are read before other processes have started
 
-def index_pattern(pattern: str, class_names: tuple[str, ...] | None = None, progress: Progress = silent) -> Manifest:
+
+def index_pattern(
+    pattern: str, class_names: tuple[str, ...] | None = None, progress: Progress = silent, processes: int = 1
+) -> Manifest:
     """Index shards whose samples are `KEY.jpg` (or png, webp, ...) and `KEY.cls`; write their manifest.
 
     Several patterns of one folder share its manifest: shards that it lists already stay.
@@ -21,6 +30,8 @@ def index_pattern(pattern: str, class_names: tuple[str, ...] | None = None, prog
     Args:
         pattern: such as `shards/train-{000000..000099}.tar`.
         class_names: by label; None: the labels themselves, as many as occur.
+        progress: told of every shard.
+        processes: that share the shards.
 
     Raises:
         DataError: a shard is absent, damaged, or has samples without image or label.
@@ -36,8 +47,7 @@ def index_pattern(pattern: str, class_names: tuple[str, ...] | None = None, prog
             if known.source != "index":
                 raise DataError(f"{folder} already has a manifest, made from {known.source}. It was left as it is.")
             entries = {entry.file: entry for entry in known.shards}
-        for done, path in enumerate(paths, 1):
-            scan = scan_shard(path)
+        for done, (path, scan) in enumerate(_scans(paths, processes), 1):
             write_index(path, scan)
             entries[path.name] = scan.entry
             progress("index", done, len(paths))
@@ -61,3 +71,12 @@ def index_pattern(pattern: str, class_names: tuple[str, ...] | None = None, prog
         )
         manifest.write(folder)
     return manifest
+
+
+def _scans(paths: list[Path], processes: int) -> Iterator[tuple[Path, Scan]]:
+    if processes == 1 or len(paths) < _FEW:
+        for path in paths:
+            yield path, scan_shard(path)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from zip(paths, pool.map(scan_shard, paths), strict=True)

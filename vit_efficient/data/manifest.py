@@ -37,6 +37,8 @@ class Manifest(Config):
     """What a folder of shards holds.
 
     Args:
+        version: of the layout.
+        written_by: name and version of the program.
         source: `digits`, `cifar10`, ...; `index` for shards that others wrote.
         options: whatever else decided the shards' bytes (seed, validation share, digest of the input ...).
         split: `train` or `val`.
@@ -46,6 +48,7 @@ class Manifest(Config):
     """
 
     version: Literal[1] = 1
+    written_by: str = ""
     source: str
     options: dict[str, Any]
     split: str

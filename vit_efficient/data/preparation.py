@@ -11,29 +11,34 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_efficient import __version__
+from vit_efficient.data import journal as journals
 from vit_efficient.data import manifest as manifests
-from vit_efficient.data.counter import Domain, hash_words, permute_index
+from vit_efficient.data.counter import Domain, hash_words
+from vit_efficient.data.encode import Recode
 from vit_efficient.data.files import locked, make_folder
-from vit_efficient.data.manifest import LeftOut, Manifest, ShardEntry, read_manifest
+from vit_efficient.data.journal import Journal, open_journal
+from vit_efficient.data.manifest import LeftOut, Manifest, read_manifest
+from vit_efficient.data.pool import Work, make_all
 from vit_efficient.data.resolve import ShardSet
-from vit_efficient.data.shards import Encoded, ShardSize, count_classes, write_shards
-from vit_efficient.data.sources.base import BadImage, Source, Split, Subset, stratified
+from vit_efficient.data.shard_writer import Encoded, ShardSize, write_shards
+from vit_efficient.data.shards import count_classes, read_index
+from vit_efficient.data.sources.base import Source, Split, Subset, stratified
 from vit_efficient.errors import DataError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SIZE = ShardSize(bytes=256 << 20)
-_UNFINISHED = ".unfinished"  # marks a folder that is being written
-_BLOCK = 4096  # indices permuted at once
+NO_RECODE = Recode()
 
 
 class Progress(Protocol):
-    """Told of every image: which split, how many are done, how many there are."""
+    """Told how far it is: which part (a split), how many are done, how many there are."""
 
-    def __call__(self, split: str, done: int, total: int) -> None: ...
+    def __call__(self, part: str, done: int, total: int) -> None: ...
 
 
-def silent(split: str, done: int, total: int) -> None:
+def silent(part: str, done: int, total: int) -> None:
     """Nobody looks."""
 
 
@@ -46,12 +51,16 @@ class Options:
         seed: of that choice and of the order in the shards.
         size: of a shard.
         max_bad: share of unusable images that stops the run.
+        recode: what becomes of large images.
+        processes: that read and check images; decides nothing but the time.
     """
 
     val_fraction: float | None = None
     seed: int = 0
     size: ShardSize = DEFAULT_SIZE
     max_bad: float = 0.01
+    recode: Recode = NO_RECODE
+    processes: int = 1
 
 
 def prepare_source(
@@ -59,8 +68,8 @@ def prepare_source(
 ) -> dict[str, Manifest]:
     """Write `out/train` and, if there is one, `out/val`.
 
-    A folder that is already complete is kept if it was made from the same input with the same options, so that a
-    killed run can be started again.
+    A folder that is already complete is kept if it was made from the same input with the same options; one that a
+    killed run left goes on from its last whole shard. The bytes are the same in either case.
 
     Returns:
         manifests by split.
@@ -77,6 +86,7 @@ def prepare_source(
             "val_fraction": options.val_fraction,
             "shard_samples": options.size.samples,
             "shard_bytes": options.size.bytes,
+            **_recoding(options.recode),
             "input": source.identity,
         }
         for name in ("train", "val"):  # refuse before anything is written
@@ -86,6 +96,12 @@ def prepare_source(
             or _write_split(source, name, split, out / name, settings, options, progress)
             for name, split in splits.items()
         }
+
+
+def _recoding(recode: Recode) -> dict[str, int]:
+    if recode.shortest_side is None:
+        return {}
+    return {"shortest_side": recode.shortest_side, "quality": recode.quality}
 
 
 def _splits(source: Source, options: Options) -> dict[str, Split]:
@@ -115,7 +131,7 @@ def _finished(folder: Path, split: str, source: Source, settings: dict[str, Any]
             "Choose another --out, or remove the folder first."
         )
     ShardSet(folder, manifest).check_sizes()
-    (folder / _UNFINISHED).unlink(missing_ok=True)
+    (folder / journals.NAME).unlink(missing_ok=True)
     return manifest
 
 
@@ -128,72 +144,68 @@ def _write_split(
     options: Options,
     progress: Progress,
 ) -> Manifest:
-    _begin(folder)
-    left_out: list[LeftOut] = []
-    counts = np.zeros(len(source.class_names), np.int64)
-    entries: list[ShardEntry] = []
-    samples = _shuffled(source, name, split, options, left_out, progress)
+    make_folder(folder)
+    journal = open_journal(folder, settings | {"source": source.name, "split": name})
+    feed = _Feed(source, name, split, options, journal, progress)
+    noted = len(journal.left_out)
     try:
-        for scan in write_shards(samples, folder, name, options.size):
-            entries.append(scan.entry)
-            counts += count_classes(scan.index["label"], counts.size)
+        for scan in write_shards(feed, folder, name, options.size, first=len(journal.shards)):
+            journal.add(scan.entry, feed.position, feed.left_out[noted:])
+            noted = len(feed.left_out)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror}. Mend that, and start this again.") from error
-    if not entries:
+    if not journal.shards:
         raise DataError(f"{source.name}: there are no images for {name}.")
+    counts = np.zeros(len(source.class_names), np.int64)
+    for entry in journal.shards:
+        counts += count_classes(read_index(folder / entry.file, entry.samples)["label"], counts.size)
     manifest = Manifest(
+        written_by=f"vit_efficient {__version__}",
         source=source.name,
         options=settings,
         split=name,
         class_names=source.class_names,
         class_counts=tuple(counts.tolist()),
-        shards=tuple(entries),
-        left_out=tuple(left_out),
+        shards=tuple(journal.shards),
+        left_out=tuple(feed.left_out),
     )
     manifest.write(folder)
-    (folder / _UNFINISHED).unlink()
+    journal.remove()
     return manifest
 
 
-def _begin(folder: Path) -> None:
-    """An empty folder, marked as ours; what a killed run of ours left in it goes, what is somebody else's does not."""
-    make_folder(folder)
-    marker = folder / _UNFINISHED
-    if marker.exists():
-        for path in folder.iterdir():
-            if path != marker:
-                path.unlink()
-    elif any(folder.iterdir()):
-        raise DataError(
-            f"{folder} is not empty, and was not made by a run of this command that was cut short. "
-            "Choose another --out, or empty it first."
-        )
-    else:
-        marker.touch()
+class _Feed:
+    """The samples of a split in a permutation of the whole set, so that no shard is of one class.
 
+    Attributes:
+        position: of the sample given last, in that order; at the end, how many images there are.
+        left_out: images that cannot be used, up to there.
+    """
 
-def _shuffled(
-    source: Source, name: str, split: Split, options: Options, left_out: list[LeftOut], progress: Progress
-) -> Iterator[Encoded]:
-    """Images in a permutation of the whole set, so that no shard is of one class; bad ones go to `left_out`."""
-    total = split.labels.size
-    digits = max(8, len(str(total)))
-    key = hash_words(Domain.SOURCE_ORDER, options.seed, int(name == "val"))
-    for start in range(0, total, _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, total))
-        order = permute_index(block, np.full(block.size, total), np.full(block.size, key[0]))
-        for done, index in enumerate(order.tolist(), start + 1):
-            try:
-                image = split.read(index)
-            except BadImage as error:
-                left_out.append(LeftOut(name=split.name(index), reason=str(error)))
-                if len(left_out) > options.max_bad * total:
-                    raise _too_many(source, left_out, total, options.max_bad) from error
-                log.warning("left out: %s: %s", split.name(index), error)
+    def __init__(
+        self, source: Source, name: str, split: Split, options: Options, journal: Journal, progress: Progress
+    ) -> None:
+        self._source, self._name, self._split, self._options = source, name, split, options
+        self._progress = progress
+        self.position = self._start = journal.position
+        self.left_out = list(journal.left_out)
+
+    def __iter__(self) -> Iterator[Encoded]:
+        total = self._split.labels.size
+        digits = max(8, len(str(total)))
+        key = int(hash_words(Domain.SOURCE_ORDER, self._options.seed, int(self._name == "val"))[0])
+        work = Work(self._split, key, self._options.recode)
+        for place, made in enumerate(make_all(work, self._start, self._options.processes), self._start):
+            if made.reason is None:
+                self.position = place
+                yield Encoded(f"{made.index:0{digits}d}_{clean(made.name)}", made.data, made.extension, made.label)
             else:
-                sample = f"{index:0{digits}d}_{clean(image.name)}"
-                yield Encoded(sample, image.data, image.extension, int(split.labels[index]))
-            progress(name, done, total)
+                self.left_out.append(LeftOut(name=made.name, reason=made.reason))
+                log.warning("left out: %s: %s", made.name, made.reason)
+                if len(self.left_out) > self._options.max_bad * total:
+                    raise _too_many(self._source, self.left_out, total, self._options.max_bad)
+            self._progress(self._name, place + 1, total)
+        self.position = total
 
 
 def _too_many(source: Source, left_out: list[LeftOut], total: int, most: float) -> DataError:

@@ -1,7 +1,7 @@
-"""Webdataset shards and the offset index beside each of them.
+"""Webdataset shards, whoever wrote them, and the offset index beside each.
 
 A shard is a plain tar; `NAME.idx.npy` lists the byte span and the checksum of every sample, so that a reader can go to
-any of them. Both are a function of the samples alone: same samples, same bytes.
+any of them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
 from vit_efficient.data.files import atomic_writer
@@ -150,48 +149,6 @@ def write_index(shard: Path, scan: Scan) -> None:
     """Write the offset index of a shard, atomically."""
     with atomic_writer(index_path(shard)) as file:
         np.save(file, scan.index, allow_pickle=False)
-
-
-@dataclass(frozen=True)
-class ShardSize:
-    """Where one shard ends and the next begins: whichever limit comes first."""
-
-    samples: int | None = None
-    bytes: int | None = None
-
-    def reached(self, samples: int, size: int) -> bool:
-        """Whether a shard of this much is full."""
-        return (self.samples is not None and samples >= self.samples) or (self.bytes is not None and size >= self.bytes)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A sample on its way into a shard; `extension` without the dot, `key` without dots."""
-
-    key: str
-    image: bytes
-    extension: str
-    label: int
-
-
-def write_shards(samples: Iterable[Encoded], folder: Path, prefix: str, size: ShardSize) -> Iterator[Scan]:
-    """Write `prefix-000000.tar` and on, each with its index; yields each shard when it is whole on the disk."""
-    feed = iter(samples)
-    pending = next(feed, None)
-    number = 0
-    while pending is not None:
-        path = folder / f"{prefix}-{number:06d}.tar"
-        with atomic_writer(path) as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-            written = 0
-            while pending is not None and not (written and size.reached(written, tar.tarstream.offset)):
-                label = str(pending.label).encode()
-                tar.write({"__key__": pending.key, pending.extension: pending.image, "cls": label})
-                written += 1
-                pending = next(feed, None)
-        scan = scan_shard(path)
-        write_index(path, scan)
-        yield scan
-        number += 1
 
 
 def count_classes(labels: NDArray[np.integer], classes: int = 0) -> NDArray[np.int64]:

@@ -170,8 +170,8 @@ class SampleStream(IterableDataset[Batch | Failure]):
 
     def _filler(self) -> Batch:
         """What a rank without samples runs, so that it takes part in the step's collectives."""
-        image = torch.zeros(1, 3, self.transform.size, self.transform.size, dtype=torch.uint8)
-        return self._empty(1) | {"image": image}
+        image = torch.zeros(1, self.transform.size, self.transform.size, 3, dtype=torch.uint8)
+        return self._empty(1) | {"image": image.permute(0, 3, 1, 2)}
 
 
 def init_worker(_: int) -> None:

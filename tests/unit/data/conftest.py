@@ -12,7 +12,8 @@ from vit_efficient.data.encode import encode_png
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.manifest import Manifest
 from vit_efficient.data.resolve import ShardSet
-from vit_efficient.data.shards import Encoded, ShardSize, write_index, write_shards
+from vit_efficient.data.shard_writer import Encoded, ShardSize, write_shards
+from vit_efficient.data.shards import write_index
 
 CLASSES = 3
 

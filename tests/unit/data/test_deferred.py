@@ -15,7 +15,7 @@ from vit_efficient.data.deferred import Deferred
 from vit_efficient.data.device import DeviceTransforms
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.resolve import ShardSet
-from vit_efficient.data.shards import Encoded
+from vit_efficient.data.shard_writer import Encoded
 from vit_efficient.data.sources.digits import DigitsConfig
 from vit_efficient.data.transforms import EvalTransform, TrainTransform
 from vit_efficient.errors import DataError

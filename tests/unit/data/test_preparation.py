@@ -14,15 +14,26 @@ import pytest
 from PIL import Image
 
 from vit_efficient.data.cache import ensure_digits
+from vit_efficient.data.encode import encode_png
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import Options, clean, prepare_source
 from vit_efficient.data.reader import ShardReader
 from vit_efficient.data.resolve import ShardSet, resolve_shards
-from vit_efficient.data.shards import ShardSize
+from vit_efficient.data.shard_writer import ShardSize
 from vit_efficient.data.sources.base import BadImage, Inputs, RawImage, Source
 from vit_efficient.data.sources.digits import DigitsConfig
 from vit_efficient.data.sources.folder import FolderConfig
 from vit_efficient.errors import DataError
+
+
+def numbered(number: int) -> bytes:
+    """A picture of a number."""
+    return encode_png(np.full((1, 1, 3), (number >> 8, number & 255, 7), np.uint8))
+
+
+def number_of(image: bytes) -> int:
+    high, low, _ = np.asarray(Image.open(io.BytesIO(image)))[0, 0].tolist()
+    return high << 8 | low
 
 
 class Numbers:
@@ -41,7 +52,7 @@ class Numbers:
             os._exit(9)  # as kill -9: nothing is cleaned up
         if index in self.bad:
             raise BadImage("broken")
-        return RawImage(self.name(index), b"%d" % index, "png")
+        return RawImage(self.name(index), numbered(index))
 
 
 def source(count: int = 40, **options: object) -> Source:
@@ -62,7 +73,7 @@ def read_all(folder: Path) -> list[tuple[str, int, bytes]]:
 def test_order_is_a_permutation_of_the_whole_set(tmp_path: Path) -> None:
     prepare_source(source(400), tmp_path, Options(size=ShardSize(samples=100)))
     samples = read_all(tmp_path / "train")
-    numbers = [int(image) for _, _, image in samples]
+    numbers = [number_of(image) for _, _, image in samples]
     assert sorted(numbers) == list(range(400))
     assert all(label == number * 4 // 400 for (_, label, _), number in zip(samples, numbers, strict=True))
     assert samples[0][0] == f"{numbers[0]:08d}_n{numbers[0]}"
@@ -85,7 +96,7 @@ def test_val_fraction_takes_each_class_alike(tmp_path: Path) -> None:
     made = prepare_source(source(), tmp_path, Options(val_fraction=0.1))
     assert made["train"].class_counts == (9, 9, 9, 9)
     assert made["val"].class_counts == (1, 1, 1, 1)
-    numbers = [int(image) for split in ("train", "val") for _, _, image in read_all(tmp_path / split)]
+    numbers = [number_of(image) for split in ("train", "val") for _, _, image in read_all(tmp_path / split)]
     assert sorted(numbers) == list(range(40))
     found = resolve_shards(str(tmp_path))
     assert found.eval.manifest == made["val"]
@@ -122,32 +133,37 @@ def test_a_finished_folder_is_kept_if_identical_and_refused_otherwise(tmp_path: 
         prepare_source(source(), tmp_path, Options(val_fraction=0.2))
 
 
+BAD = (2, 17, 31)
+KILLED = Options(size=ShardSize(samples=10), val_fraction=0.25, max_bad=0.2)
+
+
 def _die(out: Path, at: int) -> None:
-    prepare_source(source(dies_at=at), out, Options(size=ShardSize(samples=10), val_fraction=0.25))
+    prepare_source(source(dies_at=at, bad=BAD), out, KILLED)
 
 
 @pytest.mark.parametrize("at", [2, 10, 11, 25, 30])
 def test_a_killed_run_can_be_started_again_and_ends_in_the_same_bytes(tmp_path: Path, at: int) -> None:
-    options = Options(size=ShardSize(samples=10), val_fraction=0.25)
-    prepare_source(source(), tmp_path / "whole", options)
+    prepare_source(source(bad=BAD), tmp_path / "whole", KILLED)
     process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path / "killed", at))
     process.start()
     process.join()
     assert process.exitcode == 9
     assert not (tmp_path / "killed" / "train" / "manifest.json").exists()
     assert list((tmp_path / "killed" / "train").glob(".*.partial"))
-    prepare_source(source(), tmp_path / "killed", options)
+    made = prepare_source(source(bad=BAD), tmp_path / "killed", KILLED)
+    assert sum(len(manifest.left_out) for manifest in made.values()) == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_killed_run_can_be_followed_by_another(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path / "killed", 25))
     process.start()
     process.join()
-    assert len(contents(tmp_path / "killed")) > 4  # two whole shards, their indices, a part of the third
-    for name in ("killed", "fresh"):
-        prepare_source(source(), tmp_path / name)  # one shard
-    assert contents(tmp_path / "killed") == contents(tmp_path / "fresh")
+    before = contents(tmp_path / "killed")
+    assert len(before) > 4  # two whole shards, their indices, a part of the third
+    with pytest.raises(DataError, match=r"unfinished run with other input or options \(shard_samples, val_fraction\)"):
+        prepare_source(source(), tmp_path / "killed", Options(size=ShardSize(samples=11)))
+    assert contents(tmp_path / "killed") == before
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -168,6 +184,7 @@ def test_bad_images_are_left_out_and_listed_up_to_a_share(tmp_path: Path) -> Non
     ):
         prepare_source(source(200, bad=(3, 4, 5)), tmp_path / "b")
     assert not (tmp_path / "b" / "train" / "manifest.json").exists()
+    # what it had done is kept, and a greater share allowed goes on from there
     assert prepare_source(source(200, bad=(3, 4, 5)), tmp_path / "b", Options(max_bad=0.02))["train"].samples == 197
 
 

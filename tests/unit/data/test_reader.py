@@ -10,7 +10,8 @@ import pytest
 from vit_efficient.data.reader import ShardReader
 from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.samples import BadSample
-from vit_efficient.data.shards import Encoded, read_index
+from vit_efficient.data.shard_writer import Encoded
+from vit_efficient.data.shards import read_index
 from vit_efficient.errors import DataError
 
 Make = Callable[..., ShardSet]

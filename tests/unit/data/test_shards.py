@@ -14,7 +14,8 @@ import webdataset
 
 from vit_efficient.data.encode import encode_png
 from vit_efficient.data.files import atomic_writer
-from vit_efficient.data.shards import Encoded, ShardSize, index_path, read_index, scan_shard, write_shards
+from vit_efficient.data.shard_writer import Encoded, ShardSize, write_shards
+from vit_efficient.data.shards import index_path, read_index, scan_shard
 from vit_efficient.errors import DataError
 
 

@@ -13,7 +13,7 @@ from vit_efficient.data.plan import Plan
 from vit_efficient.data.reader import ShardReader
 from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.samples import BadSample
-from vit_efficient.data.shards import Encoded
+from vit_efficient.data.shard_writer import Encoded
 from vit_efficient.data.stream import Batch, Failure, Layout, SampleStream
 from vit_efficient.data.transforms import EvalTransform, TrainTransform
 
@@ -35,7 +35,7 @@ def seen(batches: Iterable[Batch]) -> dict[tuple[int, int], tuple[str, int, byte
     found = {}
     for batch in batches:
         assert batch["image"].dtype == torch.uint8
-        assert batch["image"].is_contiguous()
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
         for row, key in enumerate(batch["key"]):
             if batch["weight"][row] == 0:
                 continue

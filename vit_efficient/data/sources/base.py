@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_efficient.data.counter import Domain, permutation
+from vit_efficient.errors import DataError
 
 Labels = NDArray[np.int64]
 
@@ -24,27 +25,45 @@ class Inputs:
     """What the command line names.
 
     Args:
-        path: the one folder or archive of most sources.
+        path: the one folder, archive or file of most sources.
         train: training archive, where a source has one for itself.
         val: validation archives, likewise.
+        devkit: development kit with the ground truth of the validation images.
+        labels: CSV file with the labels of the validation images, instead.
+        image_column: of a table, where its name is not the usual one.
+        label_column: likewise.
     """
 
     path: Path | None = None
     train: Path | None = None
     val: tuple[Path, ...] = ()
+    devkit: Path | None = None
+    labels: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def only(self, source: str, *taken: str) -> None:
+        """Make sure that nothing was named that `source` has no use for.
+
+        Raises:
+            DataError: naming the flags.
+        """
+        unused = [one.name for one in fields(self) if one.name not in taken and getattr(self, one.name) != one.default]
+        if unused:
+            flags = ", ".join("PATH" if name == "path" else "--" + name.replace("_", "-") for name in unused)
+            raise DataError(f"{source} has no use for {flags}. Leave that out.")
 
 
 @dataclass(frozen=True)
 class RawImage:
-    """An encoded image; `name` tells where it came from, `extension` has no dot."""
+    """An encoded image as the source has it, unchecked; `name` tells where it came from."""
 
     name: str
     data: bytes
-    extension: str
 
 
 class Split(Protocol):
-    """Images 0 to len(labels) - 1."""
+    """Images 0 to len(labels) - 1. Can be pickled: several processes read, each through files of its own."""
 
     labels: Labels
 
@@ -55,7 +74,7 @@ class Split(Protocol):
         """One image.
 
         Raises:
-            BadImage: it cannot be used.
+            BadImage: not even its bytes can be had.
         """
 
 

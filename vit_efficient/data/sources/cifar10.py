@@ -45,7 +45,7 @@ class Cifar10Split:
         return f"{self.part}_{CLASSES[self.labels[index]]}"
 
     def read(self, index: int) -> RawImage:
-        return RawImage(self.name(index), encode_png(self.images[index]), "png")
+        return RawImage(self.name(index), encode_png(self.images[index]))
 
 
 def _read(path: Path, part: str) -> tuple[NDArray[np.uint8], Labels]:

@@ -47,4 +47,4 @@ class Digits:
         return f"digit_{self.labels[index]}"
 
     def read(self, index: int) -> RawImage:
-        return RawImage(self.name(index), encode_png(np.repeat(self._images[index, :, :, None], 3, axis=2)), "png")
+        return RawImage(self.name(index), encode_png(np.repeat(self._images[index, :, :, None], 3, axis=2)))

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 
 from vit_efficient.config import Config
-from vit_efficient.data.encode import checked
 from vit_efficient.data.sources.base import BadImage, Inputs, RawImage, Source
 from vit_efficient.errors import DataError
 
@@ -68,7 +67,7 @@ class Folder:
             data = Path(self.files[index]).read_bytes()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
-        return RawImage(self.name(index), *checked(data))
+        return RawImage(self.name(index), data)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -43,64 +42,11 @@ def test_a_folder_a_class(tmp_path: Path) -> None:
     assert found == {"cat/one.png": 0, "cat/deep/er/two.JPG": 0, "dog/three.webp": 1}
 
 
-def test_common_formats_stay_byte_for_byte(tmp_path: Path) -> None:
-    given = {
-        "a.png": saved(tmp_path / "c" / "a.png"),
-        "b.jpeg": saved(tmp_path / "c" / "b.jpeg", "JPEG", quality=70),
-        "c.webp": saved(tmp_path / "c" / "c.webp", "WEBP"),
-        "d.JPEG": saved(tmp_path / "c" / "d.JPEG", "PNG"),  # named wrongly, as one is in ImageNet
-        "e.png": saved(tmp_path / "c" / "e.png", image=Image.fromarray(RED[:, :, 0])),
-    }
+def test_bytes_are_the_files_own(tmp_path: Path) -> None:
+    given = [saved(tmp_path / "c" / "a.png"), saved(tmp_path / "c" / "b.jpeg", "JPEG", quality=70)]
     split = open_source(tmp_path).splits["train"]
-    read = [split.read(index) for index in range(5)]
-    assert [image.data for image in read] == list(given.values())
-    assert [image.extension for image in read] == ["png", "jpg", "webp", "png", "png"]
-
-
-def test_other_formats_are_converted(tmp_path: Path) -> None:
-    for kind in ("BMP", "TIFF", "GIF"):
-        saved(tmp_path / "c" / kind, kind)
-    saved(tmp_path / "c" / "cmyk.jpg", "JPEG", image=Image.fromarray(RED).convert("CMYK"))
-    saved(tmp_path / "c" / "deep.png", image=Image.fromarray((RED[:, :, 0].astype(np.uint16)) * 257))
-    split = open_source(tmp_path).splits["train"]
-    for index in range(5):
-        image = split.read(index)
-        decoded = Image.open(io.BytesIO(image.data))
-        assert decoded.mode == "RGB"
-        assert image.extension == ("jpg" if "cmyk" in image.name else "png")
-        assert abs(int(np.asarray(decoded)[0, 0, 0]) - 255) < 12, image.name
-
-
-def test_a_turned_photograph_is_put_upright(tmp_path: Path) -> None:
-    for kind in ("PNG", "JPEG"):
-        exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees
-        saved(tmp_path / "c" / kind, kind, exif=exif)
-    split = open_source(tmp_path).splits["train"]
-    for index in range(2):
-        decoded = Image.open(io.BytesIO(split.read(index).data)).convert("RGB")
-        assert decoded.size == (6, 4)  # 4 x 6 before
-        pixels = np.asarray(decoded).astype(int)
-        assert pixels[:, -1, 0].min() > 150  # the red edge is at the right now
-        assert pixels[:, 0, 0].max() < 100
-        assert decoded.getexif().get(0x0112, 1) == 1
-
-
-def test_bad_images_say_why(tmp_path: Path) -> None:
-    whole = saved(tmp_path / "c" / "a.jpg", "JPEG", image=Image.fromarray(np.random.default_rng(0).integers(
-        0, 256, (64, 64, 3), dtype=np.uint8)))  # fmt: skip
-    (tmp_path / "c" / "b.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "c" / "d.txt").write_text("words")
-    (tmp_path / "c" / "e.png").write_bytes(b"")
-    (tmp_path / "c" / "f.png").symlink_to(tmp_path / "gone.png")
-    source_files = FolderConfig()
-    (tmp_path / "c" / "f.png").unlink()
-    split = source_files.open(Inputs(tmp_path)).splits["train"]
-    split.read(0)
-    for index, reason in ((1, "truncated"), (2, "not an image"), (3, "not an image")):
-        with pytest.raises(BadImage, match=reason):
-            split.read(index)
-    (tmp_path / "c" / "b.jpg").unlink()
+    assert [split.read(index).data for index in range(2)] == given
+    (tmp_path / "c" / "b.jpeg").unlink()
     with pytest.raises(BadImage, match="cannot be read: No such file"):
         split.read(1)
 

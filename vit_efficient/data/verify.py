@@ -1,0 +1,158 @@
+"""Checks a folder of shards against its manifest and indices, down to every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vit_efficient.data.encode import checked
+from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
+from vit_efficient.data.preparation import Progress
+from vit_efficient.data.samples import BadSample, Sample, parse_sample
+from vit_efficient.data.shards import count_classes, read_index
+from vit_efficient.data.sources.base import BadImage
+from vit_efficient.errors import DataError
+
+_MOST = 20  # faults listed of one shard
+_BLOCK = 1 << 20
+
+
+@dataclass
+class Checked:
+    """What is known of one shard.
+
+    Args:
+        file: its name.
+        faults: what is wrong, a line each.
+        keys: 64-bit digests of its samples' keys.
+        counts: samples of each label.
+    """
+
+    file: str
+    faults: list[str] = field(default_factory=list)
+    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def verify_folder(
+    folder: Path, progress: Progress, processes: int = 1, *, decode: bool = True
+) -> Iterator[str]:
+    """Check sizes, digests, indices, labels, keys and, unless told not to, that every image decodes.
+
+    Args:
+        folder: with a manifest.
+        progress: told of every shard.
+        processes: that share the shards.
+        decode: decode every image; that is most of the work.
+
+    Yields:
+        each fault as it is found, those that only the whole shows last.
+
+    Raises:
+        DataError: there is no manifest to check against.
+    """
+    manifest = read_manifest(folder)
+    keys, counts = [], np.zeros(len(manifest.class_names), np.int64)
+    for done, shard in enumerate(_each(folder, manifest, processes, decode), 1):
+        progress(folder.name, done, len(manifest.shards))
+        keys.append(shard.keys)
+        counts[: shard.counts.size] += shard.counts[: counts.size]
+        yield from (f"{folder / shard.file}: {fault}" for fault in shard.faults)
+    yield from _whole(folder, manifest, np.concatenate(keys), counts)
+
+
+def _each(folder: Path, manifest: Manifest, processes: int, decode: bool) -> Iterator[Checked]:
+    classes = len(manifest.class_names)
+    if processes == 1 or len(manifest.shards) == 1:
+        for entry in manifest.shards:
+            yield check_shard(folder, entry, classes, decode)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        tasks = [pool.submit(check_shard, folder, entry, classes, decode) for entry in manifest.shards]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _whole(folder: Path, manifest: Manifest, keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[str]:
+    if repeated := keys.size - np.unique(keys).size:
+        yield f"{folder}: {repeated} samples have the key of another one"
+    for name, found, said in zip(manifest.class_names, counts.tolist(), manifest.class_counts, strict=True):
+        if found != said:
+            yield f"{folder}: class {name} has {found:,} samples, {said:,} in the manifest"
+    known = {entry.file for entry in manifest.shards}
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in known:
+            yield f"{path}: not in the manifest"
+
+
+def check_shard(folder: Path, entry: ShardEntry, classes: int, decode: bool) -> Checked:
+    """Everything about one shard; never more than one sample of it in memory."""
+    path, result = folder / entry.file, Checked(entry.file)
+    faults = result.faults
+    try:
+        if path.stat().st_size != entry.bytes:
+            faults.append(f"{path.stat().st_size:,} bytes, {entry.bytes:,} in the manifest")
+        if _sha256(path) != entry.sha256:
+            faults.append("its sha256 is not the manifest's")
+        index = read_index(path, entry.samples)
+        keys = []
+        with open(path, "rb") as file:
+            end = 0
+            for number, row in enumerate(index):
+                if int(row["offset"]) < end:
+                    faults.append(f"sample number {number} overlaps the one before it, says the index")
+                end = int(row["offset"]) + int(row["length"])
+                file.seek(int(row["offset"]))
+                sample = _sample(file.read(int(row["length"])), row, number, classes, decode, faults)
+                if sample is not None:
+                    keys.append(int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest()))
+        result.keys = np.array(keys, np.uint64)
+        result.counts = count_classes(index["label"], classes)
+    except FileNotFoundError:
+        faults.append("not there")
+    except (OSError, DataError) as error:
+        faults.append(str(error))
+    if len(faults) > _MOST:
+        faults[_MOST:] = [f"and {len(faults) - _MOST} faults more"]
+    return result
+
+
+def _sample(span: bytes, row: np.void, number: int, classes: int, decode: bool, faults: list[str]) -> Sample | None:
+    where = f"sample number {number}"
+    try:
+        sample = parse_sample(span, where)
+    except BadSample as error:
+        faults.append(str(error))
+        return None
+    where = f"sample {sample.key} (number {number})"
+    if zlib.crc32(span) != row["crc32"]:
+        faults.append(f"{where}: its bytes are not those that were written")
+    elif sample.label != row["label"]:
+        faults.append(f"{where}: label {sample.label}, {row['label']} in the index")
+    elif sample.label >= classes:
+        faults.append(f"{where}: label {sample.label} is out of range; there are {classes} classes")
+    elif decode:
+        try:
+            checked(sample.image)
+        except BadImage as error:
+            faults.append(f"{where}: the image cannot be decoded: {error}")
+    return sample
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
