@@ -13,6 +13,7 @@ from vit_efficient.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 
+
 class BadSample(DataError):  # noqa: N818 - named for the thing
     """One sample that cannot be used, while its neighbours can: what `data.on_error: skip` leaves out."""
 
