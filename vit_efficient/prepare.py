@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _index(args: argparse.Namespace, console: Console, processes: int) -> int:
-    if args.path is None or args.out is not None or args.train or args.val or args.val_fraction is not None:
+    _inputs(args).only("index", "path")
+    if args.path is None or args.out is not None or args.val_fraction is not None:
         raise UserError("index takes a pattern alone: prepare index 'shards/x-{000000..000099}.tar'")
     names = _class_names(args.classes) if args.classes else None
     with progress(console, "shards") as report:

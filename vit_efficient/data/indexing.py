@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from vit_efficient.data import manifest as manifests
 from vit_efficient.data.files import locked
 from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
 from vit_efficient.data.preparation import Progress, silent
+from vit_efficient.data.processes import worker_pool
 from vit_efficient.data.resolve import expand
 from vit_efficient.data.shards import Scan, count_classes, read_index, scan_shard, write_index
 from vit_efficient.errors import DataError
@@ -78,5 +77,5 @@ def _scans(paths: list[Path], processes: int) -> Iterator[tuple[Path, Scan]]:
         for path in paths:
             yield path, scan_shard(path)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(processes) as pool:
         yield from zip(paths, pool.map(scan_shard, paths), strict=True)

@@ -81,27 +81,44 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        raw = json.loads(path.read_text())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{folder} has no {NAME}. For shards that others wrote, make it with\n"
             f"    python -m vit_efficient.prepare index '{folder}/NAME-{{000000..000099}}.tar'"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {error}. Prepare these shards again.") from error
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Make sense of a manifest's bytes.
+
+    Args:
+        text: of the file.
+        where: it came from, for messages.
+
+    Raises:
+        DataError: it is damaged, written by a newer version, or names no samples.
+    """
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} cannot be read: {error}. Prepare these shards again.") from error
     if isinstance(raw, dict) and isinstance(raw.get("version"), int) and raw["version"] > VERSION:
         raise DataError(
-            f"{path} has version {raw['version']}, written by a newer vit_efficient; this one reads up to "
+            f"{where} has version {raw['version']}, written by a newer vit_efficient; this one reads up to "
             f"{VERSION}. Upgrade, or prepare the shards again."
         )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{path} is not a manifest: {where}: {first['msg']}. Prepare these shards again.") from error
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{where} is not a manifest: {key}: {first['msg']}. Prepare these shards again.") from error
     if len(manifest.class_counts) != len(manifest.class_names):
-        raise DataError(f"{path} is not a manifest: class_names and class_counts differ in length.")
+        raise DataError(f"{where} is not a manifest: class_names and class_counts differ in length.")
     if not manifest.shards:
-        raise DataError(f"{path} names no shards: there is nothing to read in {folder}.")
+        raise DataError(f"{where} names no shards: there is nothing to read.")
     return manifest

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from vit_efficient.data.counter import permute_index
 from vit_efficient.data.encode import Recode, checked
+from vit_efficient.data.processes import worker_pool
 from vit_efficient.data.sources.base import BadImage, Split
 from vit_efficient.errors import DataError
 
@@ -89,9 +88,7 @@ def make_all(work: Work, start: int, processes: int) -> Iterator[Made]:
         for low, high in chunks:
             yield from work.make(low, high)
         return
-    # not fork: the progress bar runs in a thread, whose locks a child would have for ever
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start, (work,))
+    pool = worker_pool(processes, _start, work)
     waiting: deque[Future[list[Made]]] = deque()
     try:
         for low, high in chunks:
@@ -114,7 +111,6 @@ _work: Work | None = None  # of this worker process
 
 def _start(work: Work) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
     _work = work
 
 

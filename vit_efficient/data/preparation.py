@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.shard_writer import Encoded, ShardSize, write_shards
 from vit_efficient.data.shards import count_classes, read_index
 from vit_efficient.data.sources.base import Source, Split, Subset, stratified
+from vit_efficient.data.sources.staging import staged
 from vit_efficient.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -146,12 +148,13 @@ def _write_split(
 ) -> Manifest:
     make_folder(folder)
     journal = open_journal(folder, settings | {"source": source.name, "split": name})
-    feed = _Feed(source, name, split, options, journal, progress)
     noted = len(journal.left_out)
     try:
-        for scan in write_shards(feed, folder, name, options.size, first=len(journal.shards)):
-            journal.add(scan.entry, feed.position, feed.left_out[noted:])
-            noted = len(feed.left_out)
+        with staged(split, folder.with_name(f".{name}-images"), partial(progress, f"{name}, copied first")) as readable:
+            feed = _Feed(source, name, readable, options, journal, progress)
+            for scan in write_shards(feed, folder, name, options.size, first=len(journal.shards)):
+                journal.add(scan.entry, feed.position, feed.left_out[noted:])
+                noted = len(feed.left_out)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror}. Mend that, and start this again.") from error
     if not journal.shards:

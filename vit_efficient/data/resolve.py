@@ -9,44 +9,15 @@ import numpy as np
 from braceexpand import braceexpand
 
 from vit_efficient.data import manifest as manifests
-from vit_efficient.data.manifest import Manifest, read_manifest
-from vit_efficient.data.shards import count_classes, read_index
+from vit_efficient.data.manifest import parse_manifest, read_manifest
+from vit_efficient.data.remote.config import RemoteConfig
+from vit_efficient.data.remote.folder import RemoteFolder, is_url
+from vit_efficient.data.remote.retry import Absent
+from vit_efficient.data.shard_set import ShardSet
+from vit_efficient.data.shards import count_classes
 from vit_efficient.errors import DataError
 
 _PREPARE = "Make shards with `python -m vit_efficient.prepare SOURCE --out DIR` and set data.shards=DIR."
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """Shards that belong together, and where they lie."""
-
-    folder: Path
-    manifest: Manifest
-
-    def path(self, number: int) -> Path:
-        """File of shard `number`, as the manifest counts."""
-        return self.folder / self.manifest.shards[number].file
-
-    def check_sizes(self) -> None:
-        """Compare every shard's size with the manifest.
-
-        Raises:
-            DataError: shards that are absent or truncated, the first five by name.
-        """
-        wrong = []
-        for entry in self.manifest.shards:
-            try:
-                size = (self.folder / entry.file).stat().st_size
-            except FileNotFoundError:
-                wrong.append(f"{entry.file} is not there")
-                continue
-            if size != entry.bytes:
-                kind = "truncated" if size < entry.bytes else "not the one prepared"
-                wrong.append(f"{entry.file} is {kind}: {size:,} bytes, {entry.bytes:,} in the manifest")
-        if wrong:
-            more = f"\n    and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            listed = "\n    ".join(wrong[:5])
-            raise DataError(f"Damaged shards in {self.folder}:\n    {listed}{more}\nCopy or prepare them again.")
 
 
 @dataclass(frozen=True)
@@ -57,48 +28,80 @@ class Shards:
     eval: ShardSet
 
 
-def resolve_shards(shards: str | None, eval_shards: str | None = None, *, evaluate_only: bool = False) -> Shards:
+def resolve_shards(
+    shards: str | None,
+    eval_shards: str | None = None,
+    *,
+    evaluate_only: bool = False,
+    remote: RemoteConfig | None = None,
+) -> Shards:
     """Find both shard sets.
 
     Args:
-        shards: a folder with a manifest, the parent of such folders `train` and `val`, or a brace pattern.
+        shards: a folder with a manifest, the parent of such folders `train` and `val`, or a brace pattern; a local path
+            or a URL.
         eval_shards: likewise; unset: the `val` folder beside the training shards.
         evaluate_only: training shards that are absent are nobody's concern, if `eval_shards` is set.
+        remote: how to read what lies at a URL.
 
     Raises:
         DataError: nothing there, nothing in it, no manifest, or classes that differ.
     """
+    remote = remote or RemoteConfig()
     if evaluate_only and eval_shards is not None and not _present(shards):
         shards = None
-    train = _open(shards, "data.shards", "train") if shards is not None else None
+    train = open_shards(shards, "data.shards", "train", remote) if shards is not None else None
     if eval_shards is not None:
-        evaluation = _open(eval_shards, "data.eval_shards", "val")
+        evaluation = open_shards(eval_shards, "data.eval_shards", "val", remote)
     elif train is None:
         raise DataError(f"data.shards is not set. {_PREPARE}")
     else:
-        sibling = train.folder.parent / "val"
-        if not (sibling / manifests.NAME).is_file():
-            raise DataError(
-                f"Nothing to evaluate on: {train.folder} has no sibling folder {sibling} with a manifest. "
-                "Set data.eval_shards, or prepare with --val-fraction 0.1."
-            )
-        evaluation = ShardSet(sibling, read_manifest(sibling))
+        evaluation = _sibling(train)
     if train is not None:
         _same_classes(train, evaluation)
     return Shards(train, evaluation)
 
 
 def _present(shards: str | None) -> bool:
-    return shards is not None and ("{" in shards or Path(shards).expanduser().exists())
+    return shards is not None and (is_url(shards) or "{" in shards or Path(shards).expanduser().exists())
 
 
-def _open(text: str, key: str, split: str) -> ShardSet:
-    """One shard set; `split` is the child folder to take of a parent."""
-    if "{" in text:
-        return _open_pattern(text, key)
+def _sibling(train: ShardSet) -> ShardSet:
+    """The folder `val` beside the training shards."""
+    folder = train.folder
+    if isinstance(folder, RemoteFolder):
+        beside = folder.parent().child("val")
+        if (text := _manifest_at(beside)) is not None:
+            return ShardSet(beside, parse_manifest(text, beside.shown(manifests.NAME)))
+        shown = str(beside)
+    else:
+        sibling = folder.parent / "val"
+        if (sibling / manifests.NAME).is_file():
+            return ShardSet(sibling, read_manifest(sibling))
+        shown = str(sibling)
+    raise DataError(
+        f"Nothing to evaluate on: {folder} has no sibling folder {shown} with a manifest. "
+        "Set data.eval_shards, or prepare with --val-fraction 0.1."
+    )
+
+
+def open_shards(text: str, key: str, split: str, remote: RemoteConfig | None = None) -> ShardSet:
+    """One shard set.
+
+    Args:
+        text: as a recipe names it.
+        key: of the recipe, for messages.
+        split: the child folder to take of a parent.
+        remote: how to read what lies at a URL.
+
+    Raises:
+        DataError: nothing there, nothing in it, or no manifest.
+    """
+    if "{" in text or text.endswith(".tar"):
+        return _open_pattern(text, key, remote or RemoteConfig())
+    if is_url(text):
+        return _open_remote(RemoteFolder(text, remote or RemoteConfig()), key, split)
     path = Path(text).expanduser()
-    if path.suffix == ".tar":
-        return _open_pattern(text, key)
     if not path.is_dir():
         raise DataError(f"{key}={text}: there is no such folder. {_PREPARE}")
     if not (path / manifests.NAME).is_file() and (path / split / manifests.NAME).is_file():
@@ -108,41 +111,83 @@ def _open(text: str, key: str, split: str) -> ShardSet:
     return ShardSet(path, read_manifest(path))
 
 
-def _open_pattern(text: str, key: str) -> ShardSet:
+def _open_remote(folder: RemoteFolder, key: str, split: str) -> ShardSet:
+    for place in (folder, folder.child(split)):
+        if (text := _manifest_at(place)) is not None:
+            return ShardSet(place, parse_manifest(text, place.shown(manifests.NAME)))
+    raise DataError(
+        f"{key}={folder}: there is no {manifests.NAME}, nor {split}/{manifests.NAME}. Shards, indices and manifest "
+        "must lie in one folder, as `python -m vit_efficient.prepare` writes them."
+    )
+
+
+def _manifest_at(folder: RemoteFolder) -> bytes | None:
+    try:
+        return folder.read(manifests.NAME)
+    except Absent:
+        return None
+
+
+def _open_pattern(text: str, key: str, remote: RemoteConfig) -> ShardSet:
     """The shards that a brace pattern names, of the manifest beside them."""
-    paths = expand(text)
-    folder = paths[0].parent
-    manifest = read_manifest(folder)
-    known = {entry.file: entry for entry in manifest.shards}
-    missing = [path.name for path in paths if path.name not in known]
+    where, files = split_pattern(text)
+    folder: Path | RemoteFolder
+    if is_url(where):
+        folder = RemoteFolder(where, remote)
+        manifest = parse_manifest(folder.read(manifests.NAME), folder.shown(manifests.NAME))
+    else:
+        folder = Path(where).expanduser()
+        manifest = read_manifest(folder)
+    numbers = {entry.file: number for number, entry in enumerate(manifest.shards)}
+    missing = [file for file in files if file not in numbers]
     if missing:
         raise DataError(
             f"{key}={text}: the manifest in {folder} does not list {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. "
             f"Run `python -m vit_efficient.prepare index '{text}'`."
         )
-    chosen = tuple(known[path.name] for path in paths)
-    counts = np.zeros(len(manifest.class_names), np.int64)
-    for path, entry in zip(paths, chosen, strict=True):
-        found = count_classes(read_index(path, entry.samples)["label"], counts.size)
+    if len(files) == len(manifest.shards) and isinstance(folder, RemoteFolder):
+        return ShardSet(folder, manifest)  # all of them: no need to fetch every index for the counts
+    every, counts = ShardSet(folder, manifest), np.zeros(len(manifest.class_names), np.int64)
+    for file in files:
+        shard, index = every.open(numbers[file])
+        shard.close()
+        found = count_classes(index["label"], counts.size)
         if found.size > counts.size:
-            raise DataError(f"{path}: label {found.size - 1} is out of range; the manifest has {counts.size} classes.")
+            raise DataError(
+                f"{every.name(numbers[file])}: label {found.size - 1} is out of range; the manifest has "
+                f"{counts.size} classes."
+            )
         counts += found
+    chosen = tuple(manifest.shards[numbers[file]] for file in files)
     update = {"shards": chosen, "class_counts": tuple(counts.tolist())}
     return ShardSet(folder, manifest.model_copy(update=update))
 
 
-def expand(pattern: str) -> list[Path]:
-    """Files of a brace pattern such as `x-{000000..000003}.tar`, all in one folder."""
+def split_pattern(pattern: str) -> tuple[str, list[str]]:
+    """Folder and file names of a brace pattern such as `x-{000000..000003}.tar`.
+
+    Raises:
+        DataError: it is none, names a file twice, or files of several folders.
+    """
     try:
-        paths = [Path(text).expanduser() for text in braceexpand(pattern)]
+        names = list(braceexpand(pattern))
     except ValueError as error:
         raise DataError(f"{pattern}: not a brace pattern: {error}. Example: x-{{000000..000003}}.tar") from error
-    if len({path.parent for path in paths}) != 1:
+    folders = {name.rpartition("/")[0] for name in names}
+    if len(folders) != 1:
         raise DataError(f"{pattern}: the shards of one pattern must lie in one folder")
-    if len(set(paths)) != len(paths):
+    if len(set(names)) != len(names):
         raise DataError(f"{pattern}: names a shard twice")
-    return paths
+    return folders.pop() or ".", [name.rpartition("/")[2] for name in names]
+
+
+def expand(pattern: str) -> list[Path]:
+    """Local files of a brace pattern, all in one folder."""
+    folder, names = split_pattern(pattern)
+    if is_url(folder):
+        raise DataError(f"{pattern}: shards are indexed where they lie, not over a network. Index them there.")
+    return [Path(folder).expanduser() / name for name in names]
 
 
 def _same_classes(train: ShardSet, evaluation: ShardSet) -> None:

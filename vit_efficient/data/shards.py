@@ -7,6 +7,7 @@ any of them.
 from __future__ import annotations
 
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -40,18 +41,42 @@ def read_index(shard: Path, samples: int) -> NDArray[np.void]:
         DataError: it is absent, damaged, or not of `samples` entries.
     """
     path = index_path(shard)
-    again = f"Make it with `python -m vit_efficient.prepare index {shard}`."
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise DataError(f"The offset index {path} {reason}. {again}") from error
+        raise DataError(f"The offset index {path} {reason}. {_again(str(shard))}") from error
+    return checked_index(index, samples, str(path), str(shard))
+
+
+def parse_index(data: bytes, samples: int, where: str, shard: str) -> NDArray[np.void]:
+    """The same of an index whose bytes came from elsewhere.
+
+    Args:
+        data: of the file.
+        samples: of the shard.
+        where: the file, for messages.
+        shard: likewise.
+    """
+    try:
+        index = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"The offset index {where} cannot be read: {error}. {_again(shard)}") from error
+    return checked_index(index, samples, where, shard)
+
+
+def checked_index(index: NDArray[np.void], samples: int, where: str, shard: str) -> NDArray[np.void]:
+    """The index, if it is one of so many samples."""
     if index.dtype != INDEX_DTYPE or index.shape != (samples,):
         raise DataError(
-            f"The offset index {path} does not belong to its shard: {index.shape[0] if index.ndim else 0} "
-            f"entries, {samples} samples. {again}"
+            f"The offset index {where} does not belong to its shard: {index.shape[0] if index.ndim else 0} "
+            f"entries, {samples} samples. {_again(shard)}"
         )
     return index
+
+
+def _again(shard: str) -> str:
+    return f"Make it with `python -m vit_efficient.prepare index {shard}`."
 
 
 @dataclass(frozen=True)

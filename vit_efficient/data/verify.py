@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from vit_efficient.data.encode import checked
 from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
 from vit_efficient.data.preparation import Progress
+from vit_efficient.data.processes import worker_pool
 from vit_efficient.data.samples import BadSample, Sample, parse_sample
 from vit_efficient.data.shards import count_classes, read_index
 from vit_efficient.data.sources.base import BadImage
@@ -42,9 +42,7 @@ class Checked:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-def verify_folder(
-    folder: Path, progress: Progress, processes: int = 1, *, decode: bool = True
-) -> Iterator[str]:
+def verify_folder(folder: Path, progress: Progress, processes: int = 1, *, decode: bool = True) -> Iterator[str]:
     """Check sizes, digests, indices, labels, keys and, unless told not to, that every image decodes.
 
     Args:
@@ -75,7 +73,7 @@ def _each(folder: Path, manifest: Manifest, processes: int, decode: bool) -> Ite
         for entry in manifest.shards:
             yield check_shard(folder, entry, classes, decode)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(processes) as pool:
         tasks = [pool.submit(check_shard, folder, entry, classes, decode) for entry in manifest.shards]
         try:
             for task in as_completed(tasks):

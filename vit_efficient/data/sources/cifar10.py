@@ -25,7 +25,8 @@ class Cifar10Config(Config):
 
     def open(self, inputs: Inputs) -> Source:
         """The archive's own training and test images; all forms give the same shards."""
-        if inputs.path is None or inputs.train is not None or inputs.val:
+        inputs.only(self.name, "path")
+        if inputs.path is None:
             raise DataError(
                 "cifar10 needs the archive, or the folder that it unpacks to: "
                 "`python -m vit_efficient.prepare cifar10 cifar-10-binary.tar.gz --out DIR`."

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +92,7 @@ def _read(path: Path, image_column: str, label_column: str) -> list[tuple[str, s
                 part = "train" if split is None else cells[split]
                 if part not in SPLITS:
                     raise DataError(f"{path}: line {reader.line_num} has split {part!r}; known are train and val.")
-                rows.append((cells[image], cells[label], part))
+                rows.append((cells[image], sys.intern(cells[label]), sys.intern(part)))
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -25,7 +25,8 @@ class FolderConfig(Config):
 
     def open(self, inputs: Inputs) -> Source:
         """`PATH/CLASS/**/image`, or `PATH/train/CLASS/...` with `PATH/val/CLASS/...` (or valid, validation, test)."""
-        if inputs.path is None or inputs.train is not None or inputs.val:
+        inputs.only(self.name, "path")
+        if inputs.path is None:
             raise DataError("folder needs the folder: `python -m vit_efficient.prepare folder PATH --out DIR`.")
         root = inputs.path
         if not root.is_dir():

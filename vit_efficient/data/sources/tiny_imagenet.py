@@ -28,7 +28,7 @@ class TinyImagenetConfig(Config):
         """`tiny-imagenet-200.zip`: its training images, and its validation images as `val_annotations.txt` labels them.
 
         Classes are named by their WordNet id and numbered in its order, as those of ImageNet are. The images of `test/`
-        have no labels and are left alone, and so are the boxes.
+        have no labels and are left alone, and so are the boxes and the words for the ids.
         """
         inputs.only(self.name, "path")
         if inputs.path is None:
@@ -37,7 +37,7 @@ class TinyImagenetConfig(Config):
                 "`python -m vit_efficient.prepare tiny_imagenet tiny-imagenet-200.zip --out DIR`."
             )
         archive = _Archive(inputs.path)
-        classes = tuple(sorted(archive.lines(_CLASSES)))
+        classes = tuple(sorted(set(archive.lines(_CLASSES))))
         splits = {"train": _train(archive, classes), "val": _val(archive, classes)}
         identity = {name: {"images": split.labels.size, "listing": split.digest()} for name, split in splits.items()}
         return Source(self.name, classes, splits, identity)

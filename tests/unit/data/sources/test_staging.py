@@ -98,7 +98,6 @@ def test_a_whole_copy_is_used_again_after_a_failure(tmp_path: Path) -> None:
         assert split.read(7).data == b"7"
         assert tape.scans == 1
     for other in (Tape(41), Subset(tape, np.arange(1, 30))):  # not of these images
-        (tmp_path / "copy").mkdir()
         with pytest.raises(KeyboardInterrupt), staged(tape, tmp_path / "copy", silent):
             raise KeyboardInterrupt
         with staged(other, tmp_path / "copy", silent) as split:
@@ -122,7 +121,7 @@ def test_a_half_of_a_copy_is_made_again(tmp_path: Path) -> None:
 
 
 def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil's own
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 2_000_000_000))
     tape = Tape()
     tape.volume = 8_000_000_000
