@@ -10,7 +10,7 @@ from vit_efficient.data import manifest as manifests
 from vit_efficient.data.files import make_folder, sync_folder
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import prepare_source
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shards import read_index
 from vit_efficient.data.sources.base import Inputs
 from vit_efficient.data.sources.digits import DigitsConfig
@@ -55,7 +55,7 @@ def _complete(folder: Path) -> bool:
     try:
         for split in ("train", "val"):
             shards = ShardSet(folder / split, read_manifest(folder / split))
-            shards.check_sizes()
+            shards.check()
             for number, entry in enumerate(shards.manifest.shards):
                 read_index(shards.path(number), entry.samples)
     except DataError:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from vit_efficient.config import Config
+from vit_efficient.data.remote.config import RemoteConfig
 from vit_efficient.data.sources.config import SourceConfig
 
 Decoder = Literal["fast", "exact", "device"]
@@ -19,8 +20,8 @@ class DataConfig(Config):
     shards: str | None = Field(
         None,
         description="Training shards: a folder with a `manifest.json`, the parent of `train/` and `val/` folders, "
-        "or a brace pattern whose manifest lies beside the shards. Unset: only for `digits`, which is prepared on "
-        "first use.",
+        "or a brace pattern whose manifest lies beside the shards; a local path, `http(s)://`, `s3://`, or what else "
+        "fsspec opens. Unset: only for `digits`, which is prepared on first use.",
     )
     eval_shards: str | None = Field(
         None, description="Evaluation shards, likewise. Unset: the `val` folder beside the training shards."
@@ -51,6 +52,10 @@ class DataConfig(Config):
     on_error: Literal["raise", "skip"] = Field(
         "raise", description="What an undecodable image does: stop the run, or be left out, counted and named."
     )
+    max_skipped: float = Field(
+        0.01, ge=0, le=1, description="With `skip`: share of an epoch that may be left out before the run stops."
+    )
+    remote: RemoteConfig = Field(RemoteConfig(), description="How shards at a URL are read.")
     audit: Path | None = Field(None, description="Append `epoch step rank key` to this file for every training sample.")
 
 

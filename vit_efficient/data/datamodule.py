@@ -15,7 +15,8 @@ from vit_efficient.data.loader import Cursor, EvalLoader, TrainLoader, Workers
 from vit_efficient.data.manifest import Manifest
 from vit_efficient.data.plan import Plan, accumulation
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet, resolve_shards
+from vit_efficient.data.resolve import resolve_shards
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.stream import Layout, SampleStream
 from vit_efficient.data.transforms import EvalTransform, TrainTransform
 from vit_efficient.errors import CheckpointError, DataError, RecipeError
@@ -64,12 +65,12 @@ class ViTDataModule(lightning.LightningDataModule):
         shards = config.shards
         if shards is None and config.eval_shards is None and config.source.name == "digits":
             shards = str(ensure_digits())
-        resolved = resolve_shards(shards, config.eval_shards, evaluate_only=evaluate_only)
+        resolved = resolve_shards(shards, config.eval_shards, evaluate_only=evaluate_only, remote=config.remote)
         self._train, self._eval = resolved.train, resolved.eval
         if strict:
-            self._eval.check_sizes()
+            self._eval.check()
             if self._train is not None and not evaluate_only:
-                self._train.check_sizes()
+                self._train.check()
         self.cursor = Cursor()
         self._train_loader: TrainLoader | None = None
         self._eval_loader: EvalLoader | None = None
@@ -157,7 +158,8 @@ class ViTDataModule(lightning.LightningDataModule):
             SampleStream, reader, plan, transform, layout, seed=self.seed, skip_bad=self.config.on_error == "skip"
         )
         workers = Workers(self.workers, self._pins())
-        self._train_loader = TrainLoader(open_stream, self.cursor, self.steps_per_epoch, accumulate, workers)
+        most = self._most_skipped(self.train_images, world)
+        self._train_loader = TrainLoader(open_stream, self.cursor, self.steps_per_epoch, accumulate, workers, most)
         return self._train_loader
 
     def val_dataloader(self) -> EvalLoader:
@@ -169,8 +171,14 @@ class ViTDataModule(lightning.LightningDataModule):
         transform = EvalTransform(self._image(), self.config.eval_resize, self.config.decoder)
         reader = ShardReader(self._eval, self.num_classes)
         stream = SampleStream(reader, plan, transform, layout, stop=steps, skip_bad=self.config.on_error == "skip")
-        self._eval_loader = EvalLoader(stream, steps, Workers(self.workers, self._pins()))
+        most = self._most_skipped(self.eval_images, world)
+        self._eval_loader = EvalLoader(stream, steps, Workers(self.workers, self._pins()), most)
         return self._eval_loader
+
+    def _most_skipped(self, images: int, world: int) -> int:
+        """This rank's share of what may be left out; one at least, unless nothing may."""
+        share = self.config.max_skipped
+        return max(1, int(share * images / world)) if share else 0
 
     def mark_step(self, epoch: int, step: int) -> None:
         """Tell that `step` optimizer steps of `epoch` are done; call it after each, before a checkpoint is saved."""

@@ -18,6 +18,8 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
+_LISTED = 10  # samples that a message names
+
 
 @dataclass
 class Cursor:
@@ -36,11 +38,17 @@ class Workers:
 
 
 class _Loader:
-    """What both loaders share; counts skipped samples and seconds spent waiting for batches."""
+    """What both loaders share; counts skipped samples and seconds spent waiting for batches.
 
-    def __init__(self) -> None:
+    Args:
+        most_skipped: samples that may be left out of one epoch.
+    """
+
+    def __init__(self, most_skipped: int) -> None:
+        self.most_skipped = most_skipped
         self.wait_seconds = 0.0
         self.skipped = 0
+        self._left_out: list[str] = []  # of this epoch
         self._loader: DataLoader[Batch | Failure] | None = None
         self._source: Iterator[Batch | Failure] | None = None
 
@@ -59,7 +67,16 @@ class _Loader:
             raise DataError(item.message)
         for text in item.pop("skipped"):
             self.skipped += 1
+            self._left_out.append(text)
             log.warning("left out: %s", text)
+        if len(self._left_out) > self.most_skipped:
+            self.close()
+            listed = "\n    ".join(self._left_out[:_LISTED])
+            raise DataError(
+                f"{len(self._left_out)} samples of one epoch had to be left out, more than data.max_skipped allows "
+                f"({self.most_skipped} on each device). The first:\n    {listed}\n"
+                "Mend or copy these shards again, or allow more."
+            )
         return item
 
 
@@ -75,6 +92,7 @@ class TrainLoader(_Loader):
         steps_per_epoch: optimizer steps.
         accumulate: micro-batches a step.
         workers: processes and pinning.
+        most_skipped: samples that may be left out of one epoch.
     """
 
     def __init__(
@@ -84,8 +102,9 @@ class TrainLoader(_Loader):
         steps_per_epoch: int,
         accumulate: int,
         workers: Workers,
+        most_skipped: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(most_skipped)
         self.open_stream, self.cursor, self.workers = open_stream, cursor, workers
         self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
         self._given = 0  # micro-batches of the whole run up to where `_source` stands
@@ -95,6 +114,7 @@ class TrainLoader(_Loader):
         return self.steps_per_epoch * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
+        self._left_out = []
         step = self.cursor.epoch * self.steps_per_epoch + self.cursor.step
         if self._source is None or self._given != step * self.accumulate:
             self.close()
@@ -113,10 +133,11 @@ class EvalLoader(_Loader):
         stream: with a `stop`.
         batches: how many this rank gets.
         workers: processes and pinning.
+        most_skipped: samples that may be left out of one evaluation.
     """
 
-    def __init__(self, stream: SampleStream, batches: int, workers: Workers) -> None:
-        super().__init__()
+    def __init__(self, stream: SampleStream, batches: int, workers: Workers, most_skipped: int = 0) -> None:
+        super().__init__(most_skipped)
         self._stream, self._batches = stream, batches
         self._workers = Workers(min(workers.number, batches), workers.pin_memory)
 
@@ -127,6 +148,7 @@ class EvalLoader(_Loader):
         if self._loader is None:
             self._loader = _torch_loader(self._stream, self._workers, persistent=True)
         self._source = iter(self._loader)
+        self._left_out = []
         for _ in range(self._batches):
             yield self._next()
 

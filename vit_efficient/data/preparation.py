@@ -21,7 +21,7 @@ from vit_efficient.data.files import locked, make_folder
 from vit_efficient.data.journal import Journal, open_journal
 from vit_efficient.data.manifest import LeftOut, Manifest, read_manifest
 from vit_efficient.data.pool import Work, make_all
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import Encoded, ShardSize, write_shards
 from vit_efficient.data.shards import count_classes, read_index
 from vit_efficient.data.sources.base import Source, Split, Subset, stratified
@@ -132,7 +132,7 @@ def _finished(folder: Path, split: str, source: Source, settings: dict[str, Any]
             f"{folder} is already prepared, from {manifest.source} with other input or options. "
             "Choose another --out, or remove the folder first."
         )
-    ShardSet(folder, manifest).check_sizes()
+    ShardSet(folder, manifest).check()
     (folder / journals.NAME).unlink(missing_ok=True)
     return manifest
 

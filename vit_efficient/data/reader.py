@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_efficient.data.files import read_span
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.remote.folder import RemoteFolder
 from vit_efficient.data.samples import BadSample, Sample, parse_sample
-from vit_efficient.data.shards import read_index
+from vit_efficient.data.shard_set import OpenShard, ShardSet
 from vit_efficient.errors import DataError
 
 
@@ -31,7 +33,7 @@ class ShardReader:
 
     def __init__(self, shards: ShardSet, num_classes: int, open_files: int = 64) -> None:
         self.shards, self.num_classes, self.open_files = shards, num_classes, open_files
-        self._open: OrderedDict[int, tuple[int, NDArray[np.void]]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[OpenShard, NDArray[np.void]]] = OrderedDict()
 
     def read(self, shard: int, index: int) -> Sample:
         """One sample.
@@ -41,63 +43,85 @@ class ShardReader:
             index: sample within the shard.
 
         Raises:
-            BadSample: its bytes are altered, or it lacks an image or a label.
-            DataError: the shard is absent or truncated, or the label is out of range.
+            BadSample: its bytes are altered or past the shard's end, or it lacks an image or a label.
+            DataError: the shard is absent, or the label is out of range.
         """
-        descriptor, offsets = self._file(shard)
-        path = self.shards.path(shard)
-        row = offsets[index]
+        opened, offsets = self._file(shard)
+        return self._sample(shard, index, opened.read(*_place(offsets, index)))
+
+    def read_all(self, shards: Sequence[int], indices: Sequence[int]) -> Iterator[Callable[[], Sample]]:
+        """Many samples; what is far away is fetched side by side, as many at a time as the connections allow.
+
+        Args:
+            shards: numbers in the manifest.
+            indices: samples within them.
+
+        Yields:
+            for each sample, in order, what `read` would do: call it for the sample, or its error.
+        """
+        with ExitStack() as stack:
+            pool: ThreadPoolExecutor | None = None
+            waiting: deque[Callable[[], Sample]] = deque()
+            for shard, index in zip(shards, indices, strict=True):
+                try:
+                    opened, offsets = self._file(shard)
+                except DataError as error:
+                    waiting.append(partial(_raise, error))
+                    continue
+                if not opened.distant:
+                    waiting.append(partial(self.read, shard, index))
+                else:
+                    if pool is None:
+                        pool = ThreadPoolExecutor(self._connections())
+                        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+                    span = pool.submit(opened.read, *_place(offsets, index))
+                    waiting.append(partial(self._fetched, shard, index, span))
+            yield from waiting
+
+    def _fetched(self, shard: int, index: int, span: Future[bytes]) -> Sample:
+        return self._sample(shard, index, span.result())
+
+    def _connections(self) -> int:
+        folder = self.shards.folder
+        assert isinstance(folder, RemoteFolder), "only those are far away"
+        return folder.config.connections
+
+    def _sample(self, shard: int, index: int, span: bytes) -> Sample:
+        """Check a span, and take it apart."""
+        row, name = self._file(shard)[1][index], self.shards.name(shard)
         length = int(row["length"])
-        try:
-            span = read_span(descriptor, int(row["offset"]), length)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(span) != length:
-            raise DataError(
-                f"{path} is truncated: sample number {index} should end at byte "
-                f"{int(row['offset']) + length:,}. Copy or prepare this shard again."
+            raise BadSample(
+                f"{name} is truncated: sample number {index} should end at byte {int(row['offset']) + length:,}. "
+                "Copy or prepare this shard again."
             )
         if zlib.crc32(span) != row["crc32"]:
             raise BadSample(
-                f"{path}, sample {_key_of(span)} (number {index}): the bytes are not those that were "
+                f"{name}, sample {_key_of(span)} (number {index}): the bytes are not those that were "
                 "prepared (checksum differs). Copy or prepare this shard again."
             )
-        sample = parse_sample(span, str(path))
+        sample = parse_sample(span, name)
         if not 0 <= sample.label < self.num_classes:
             raise DataError(
-                f"{path}, sample {sample.key}: label {sample.label} is out of range; there are "
+                f"{name}, sample {sample.key}: label {sample.label} is out of range; there are "
                 f"{self.num_classes} classes, 0 to {self.num_classes - 1}."
             )
         return sample
 
-    def _file(self, shard: int) -> tuple[int, NDArray[np.void]]:
+    def _file(self, shard: int) -> tuple[OpenShard, NDArray[np.void]]:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        path = self.shards.path(shard)
-        entry = self.shards.manifest.shards[shard]
-        offsets = read_index(path, entry.samples)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"The shard {path} cannot be opened: {error.strerror}.") from error
-        size = os.fstat(descriptor).st_size
-        if size != entry.bytes:
-            os.close(descriptor)
-            raise DataError(
-                f"{path} is {'truncated' if size < entry.bytes else 'not the one prepared'}: {size:,} "
-                f"bytes, {entry.bytes:,} in the manifest. Copy or prepare this shard again."
-            )
-        self._open[shard] = (descriptor, offsets)
+        self._open[shard] = self.shards.open(shard)
         if len(self._open) > self.open_files:
             _, (oldest, _) = self._open.popitem(last=False)
-            os.close(oldest)
-        return descriptor, offsets
+            oldest.close()
+        return self._open[shard]
 
     def close(self) -> None:
         """Close all files; reading again opens them again."""
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
+        for opened, _ in self._open.values():
+            opened.close()
         self._open.clear()
 
     def __enter__(self) -> Self:
@@ -110,6 +134,16 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _place(offsets: NDArray[np.void], index: int) -> tuple[int, int]:
+    """Offset and length."""
+    row = offsets[index]
+    return int(row["offset"]), int(row["length"])
+
+
+def _raise(error: DataError) -> Sample:
+    raise error
 
 
 def _key_of(span: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from vit_efficient.data.decode import UndecodableImage
 from vit_efficient.data.deferred import Deferred, DeferredImages
 from vit_efficient.data.plan import Piece, Plan
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.samples import BadSample
+from vit_efficient.data.samples import BadSample, Sample
 from vit_efficient.data.transforms import Pixels, Transform
 from vit_efficient.errors import DataError
 
@@ -122,9 +122,11 @@ class SampleStream(IterableDataset[Batch | Failure]):
         batch["position"] = torch.from_numpy(positions)
         pixels = np.zeros((positions.size, self.transform.size, self.transform.size, 3), np.uint8)
         deferred = DeferredImages()
-        for row, (shard, index, seed) in enumerate(zip(shards.tolist(), indices.tolist(), seeds.tolist(), strict=True)):
+        places = shards.tolist(), indices.tolist()
+        samples = zip(self.reader.read_all(*places), places[0], seeds.tolist(), strict=True)
+        for row, (read, shard, seed) in enumerate(samples):
             try:
-                key, label, made = self._sample(shard, index, seed)
+                key, label, made = self._sample(read, shard, seed)
             except BadSample as error:
                 if not self.skip_bad:
                     raise
@@ -144,14 +146,13 @@ class SampleStream(IterableDataset[Batch | Failure]):
         batch["image"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # a view: the device puts channels first
         return batch
 
-    def _sample(self, shard: int, index: int, seed: int) -> tuple[str, int, Pixels]:
-        sample = self.reader.read(shard, index)
+    def _sample(self, read: Callable[[], Sample], shard: int, seed: int) -> tuple[str, int, Pixels]:
+        sample = read()
         try:
             return sample.key, sample.label, self.transform(sample.image, seed)
         except UndecodableImage as error:
-            path = self.reader.shards.path(shard)
             raise BadSample(
-                f"{path}, sample {sample.key}: the image cannot be decoded: {error}. "
+                f"{self.reader.shards.name(shard)}, sample {sample.key}: the image cannot be decoded: {error}. "
                 "Leave such images out with data.on_error=skip."
             ) from error
 

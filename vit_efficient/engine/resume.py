@@ -16,6 +16,7 @@ from vit_efficient.errors import CheckpointError
 FREE = (
     "strategy", "checkpoint", "variant", "protocol", "run.dir", "run.log_every", "run.deterministic",
     "data.shards", "data.eval_shards", "data.workers", "data.audit", "data.eval_batch_size", "data.on_error",
+    "data.max_skipped", "data.remote",
 )  # fmt: skip
 
 

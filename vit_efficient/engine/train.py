@@ -131,7 +131,7 @@ def train(
         "weight_bytes": run.model.stat().st_size,
         "device_bytes": device_bytes,
         "fp32_bytes": 4 * built.parameters,
-        "skipped_samples": data.skipped,
+        "skipped_samples": _over_ranks(data.skipped),
         "best_top1": loop.best["top1"],
         "best_epoch": loop.best["epoch"],
         "per_class": dict(zip(data.class_names, figures["per_class"].tolist(), strict=True)),
@@ -147,3 +147,12 @@ def train(
 def _barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def _over_ranks(count: int) -> int:
+    """The sum over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, count)
+    return sum(counts)

@@ -14,7 +14,8 @@ from vit_efficient.data.config import DataConfig
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.plan import Plan
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet, resolve_shards
+from vit_efficient.data.resolve import open_shards
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.sources.digits import DigitsConfig
 from vit_efficient.measure.decoding import OURS, USUAL, Speed, compare_decoding
 from vit_efficient.measure.device_decoding import measure_device
@@ -53,8 +54,7 @@ def measure_data(
     figures: dict[str, Any] = {"plan": asdict(plan_cost()), "shuffle": _shuffles()}
     if shards is None:
         return figures
-    train = resolve_shards(shards, eval_shards=shards).train
-    assert train is not None
+    train = open_shards(shards, "SHARDS", "train")
     sample = read_images(train, images)
     progress(f"decoding {len(sample)} images on one core, {repetitions} times by each of the pipelines in turn")
     speeds = compare_decoding(sample, size, mode, repetitions)
@@ -69,7 +69,8 @@ def measure_data(
     loads = []
     for number in workers:
         progress(f"the loader with {number} worker{'s' * (number > 1)}, for {seconds:g} s")
-        config = DataConfig(source=DigitsConfig(), shards=shards, eval_shards=shards, batch_size=batch_size)
+        folder = str(train.folder)
+        config = DataConfig(source=DigitsConfig(), shards=folder, eval_shards=folder, batch_size=batch_size)
         loads.append(asdict(measure_loader(config, spec, number, seconds)))
     figures["loader"] = loads
     figures["device"] = measure_device(sample, size, mode, progress)

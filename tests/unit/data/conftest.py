@@ -11,7 +11,7 @@ import pytest
 from vit_efficient.data.encode import encode_png
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.manifest import Manifest
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import Encoded, ShardSize, write_shards
 from vit_efficient.data.shards import write_index
 

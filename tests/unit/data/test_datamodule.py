@@ -15,7 +15,7 @@ from vit_efficient.data.config import AugmentConfig, DataConfig
 from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.data.encode import encode_png
 from vit_efficient.data.image import ImageSpec
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import Encoded
 from vit_efficient.errors import CheckpointError, DataError, RecipeError
 

@@ -14,7 +14,7 @@ from vit_efficient.data.decode import UndecodableImage
 from vit_efficient.data.deferred import Deferred
 from vit_efficient.data.device import DeviceTransforms
 from vit_efficient.data.image import ImageSpec
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import Encoded
 from vit_efficient.data.sources.digits import DigitsConfig
 from vit_efficient.data.transforms import EvalTransform, TrainTransform

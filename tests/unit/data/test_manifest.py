@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vit_efficient.data.manifest import Manifest, read_manifest
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.errors import DataError
 
 

@@ -18,7 +18,8 @@ from vit_efficient.data.encode import encode_png
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import Options, clean, prepare_source
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet, resolve_shards
+from vit_efficient.data.resolve import resolve_shards
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import ShardSize
 from vit_efficient.data.sources.base import BadImage, Inputs, RawImage, Source
 from vit_efficient.data.sources.digits import DigitsConfig

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vit_efficient.data.indexing import index_pattern
-from vit_efficient.data.resolve import ShardSet, resolve_shards
+from vit_efficient.data.resolve import resolve_shards
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.errors import DataError
 
 Make = Callable[..., ShardSet]
@@ -98,11 +99,11 @@ def test_classes_must_agree(make_shards: Make) -> None:
 
 def test_sizes_are_compared_with_the_manifest(make_shards: Make) -> None:
     shards = make_shards([3, 2, 2])
-    shards.check_sizes()
+    shards.check()
     os.truncate(shards.path(0), 1000)
     shards.path(1).write_bytes(shards.path(1).read_bytes() + b"\0")
     shards.path(2).unlink()
     with pytest.raises(
         DataError, match=r"(?s)part0-000000.tar is truncated: 1,000 bytes.*part1.*not the one.*part2.*not there"
     ):
-        shards.check_sizes()
+        shards.check()

@@ -11,8 +11,8 @@ from vit_efficient.data.config import AugmentConfig
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.plan import Plan
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet
 from vit_efficient.data.samples import BadSample
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import Encoded
 from vit_efficient.data.stream import Batch, Failure, Layout, SampleStream
 from vit_efficient.data.transforms import EvalTransform, TrainTransform

@@ -15,6 +15,9 @@ from vit_efficient.errors import DataError
 
 _PART = 16 << 20  # bytes fetched at once of a whole file
 _RANGE_BEYOND_END = 416
+# In a forked process, the parent's file system would close its connections through a thread that is not there, and
+# wait for it. A file system is small, and there is one a folder and process.
+_never_collected: list[Any] = []
 
 
 def is_url(text: str) -> bool:
@@ -113,7 +116,7 @@ class RemoteFolder:
     def _range(self, file: str, offset: int, length: int) -> bytes:
         try:
             data: bytes = self._filesystem().cat_file(f"{self.url}/{file}", start=offset, end=offset + length)
-        except OSError as error:
+        except Exception as error:  # each file system has its own; this one is told by its status
             if getattr(error, "status", None) == _RANGE_BEYOND_END:
                 return b""
             raise
@@ -128,6 +131,7 @@ class RemoteFolder:
         """This process's own: neither its sockets nor its thread survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), _open(self.url, self.config))
+            _never_collected.append(self._opened[1])
         return self._opened[1]
 
 

@@ -22,7 +22,7 @@ _ABSENT = (404, 410)
 _AGAIN = {408, 425, 429}  # of the 4xx, those that pass
 
 
-class Shorter(OSError):
+class Shorter(OSError):  # noqa: N818 - named for the thing
     """Fewer bytes came than were asked for."""
 
 
@@ -30,15 +30,14 @@ class Absent(DataError):  # noqa: N818 - named for the thing
     """There is no such file."""
 
 
-def with_retries(work: Callable[[], _T], what: str, attempts: int, first: float = _FIRST) -> _T:
+def with_retries(work: Callable[[], _T], what: str, attempts: int) -> _T:
     """Do something over a network.
 
     Args:
         work: is called until it does not raise.
         what: it does, for messages; without credentials.
-        attempts: at most.
-        first: seconds to wait before the second attempt, give or take a half so that many processes do not come back
-            at once; twice as long before each further one.
+        attempts: at most; before each there is a pause, twice as long as the last, give or take a half so that many
+            processes do not come back at once.
 
     Raises:
         Absent: there is nothing.
@@ -49,7 +48,7 @@ def with_retries(work: Callable[[], _T], what: str, attempts: int, first: float 
     short, last = 0, BaseException()
     for number in range(attempts):
         if number:
-            time.sleep(min(_LONGEST, first * 2 ** (number - 1)) * random.uniform(0.5, 1.5))
+            time.sleep(min(_LONGEST, _FIRST * 2 ** (number - 1)) * random.uniform(0.5, 1.5))
         try:
             return work()
         except Shorter as error:

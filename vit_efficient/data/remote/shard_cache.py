@@ -81,7 +81,7 @@ class ShardCache:
                 os.fsync(file.fileno())
             if _sha256(partial) != entry.sha256:
                 log.warning(
-                    "%s is not the shard of the manifest: its sha256 differs. It is read sample by sample, and not kept",
+                    "%s is not the shard of the manifest: its sha256 differs. It is read in parts, and not kept",
                     source.shown(entry.file),
                 )
                 return None
@@ -107,7 +107,7 @@ class ShardCache:
                 Path(name).unlink(missing_ok=True)
                 used -= freed
             if used + size > self.limit:
-                log.warning("the cache %s is full of shards that are being downloaded; one is read without it", self.folder)
+                log.warning("%s has no room beside the shards that are being downloaded; one is not kept", self.folder)
                 return False
             with open(partial, "wb") as file:
                 file.truncate(size)  # a hole: it counts, and costs nothing yet

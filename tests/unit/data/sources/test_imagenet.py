@@ -23,7 +23,7 @@ from scipy.io import savemat
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import Options, prepare_source
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.sources.base import BadImage, Inputs, Source
 from vit_efficient.data.sources.imagenet import ImagenetConfig
 from vit_efficient.errors import DataError

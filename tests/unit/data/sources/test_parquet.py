@@ -21,7 +21,7 @@ from pyarrow import parquet
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import prepare_source
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.sources.base import BadImage, Inputs, Source
 from vit_efficient.data.sources.parquet import ParquetConfig
 from vit_efficient.errors import CapabilityError, DataError

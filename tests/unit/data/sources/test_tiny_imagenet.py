@@ -19,7 +19,7 @@ from PIL import Image
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import prepare_source
 from vit_efficient.data.reader import ShardReader
-from vit_efficient.data.resolve import ShardSet
+from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.sources.base import BadImage, Inputs, Source, Split
 from vit_efficient.data.sources.tiny_imagenet import TinyImagenetConfig
 from vit_efficient.errors import DataError
