@@ -6,7 +6,9 @@ order for any number of workers. Where a micro-batch starts is looked up, never 
 
 from __future__ import annotations
 
+import gc
 import itertools
+import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vit_efficient.data.counter import Domain, hash_words
@@ -120,7 +123,7 @@ class SampleStream(IterableDataset[Batch | Failure]):
         seeds = hash_words(Domain.AUGMENT, self.seed, epoch, self.plan.global_id(shards, indices))
         batch = self._empty(positions.size)
         batch["position"] = torch.from_numpy(positions)
-        pixels = np.zeros((positions.size, self.transform.size, self.transform.size, 3), np.uint8)
+        pixels = _new_pixels(positions.size, self.transform.size)
         deferred = DeferredImages()
         places = shards.tolist(), indices.tolist()
         samples = zip(self.reader.read_all(*places), places[0], seeds.tolist(), strict=True)
@@ -135,7 +138,7 @@ class SampleStream(IterableDataset[Batch | Failure]):
             if isinstance(made.image, Deferred):
                 deferred.add(row, made.image)
             else:
-                pixels[row] = made.image
+                pixels[row] = torch.from_numpy(made.image)
             batch["label"][row], batch["weight"][row], batch["key"][row] = label, 1.0, key
             if self.transform.erases:
                 batch["erase"][row] = torch.tensor(made.erase)
@@ -143,7 +146,7 @@ class SampleStream(IterableDataset[Batch | Failure]):
             batch["deferred"] = deferred
             if len(deferred.rows) == positions.size:
                 pixels = pixels[:0]
-        batch["image"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # a view: the device puts channels first
+        batch["image"] = pixels.permute(0, 3, 1, 2)  # a view: the device puts channels first
         return batch
 
     def _sample(self, read: Callable[[], Sample], shard: int, seed: int) -> tuple[str, int, Pixels]:
@@ -175,6 +178,17 @@ class SampleStream(IterableDataset[Batch | Failure]):
         return self._empty(1) | {"image": image.permute(0, 3, 1, 2)}
 
 
+def _new_pixels(count: int, size: int) -> Tensor:
+    """Zeros, uint8 (count, size, size, 3); in a worker at once where the main process can see them, as torch's own
+    collation does, so that a batch is not copied once more on its way."""
+    shape = (count, size, size, 3)
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # fresh pages, and so zeros
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+
+
 def init_worker(_: int) -> None:
     """Leave Ctrl-C to the main process, which then ends its workers; otherwise each prints a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # what was there before the fork stays: collections need not look through all of torch

@@ -6,6 +6,7 @@ Transforms take the encoded bytes, not pixels, so that a decoder may leave out w
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,7 +82,8 @@ class EvalTransform:
 class TrainTransform:
     """Random resized crop, horizontal flip, RandAugment, and a box to erase.
 
-    The draws come from torch's global CPU generator, seeded with the sample's key and put back afterwards.
+    All is drawn from generators seeded with the sample's key; RandAugment draws from torch's global one, which is put
+    back afterwards.
 
     Args:
         image: what the model expects.
@@ -106,23 +108,21 @@ class TrainTransform:
 
     def __call__(self, data: bytes, key: int) -> Pixels:
         picture = open_picture(data, self.interpolation, exact=self.decoder == "exact")
-        with torch.random.fork_rng(devices=[]):
-            # not torch.manual_seed: that would seed, or queue a seeding of, every GPU too
-            torch.default_generator.manual_seed(key)
-            flip, erase = torch.rand(2).tolist()
-            crop = draw_crop(picture.width, picture.height, self.augment.crop_scale, self.augment.crop_ratio)
-            scale = reduction(crop, self.size, self.size)
-            crop = snapped(crop, scale)  # whatever the decoder, so that all of them crop the same
-            flip = flip < self.augment.flip
-            image: NDArray[np.uint8] | Deferred
-            if self.decoder == "device" and can_defer(data):
-                image = Deferred(data, crop, (self.size, self.size), (0, 0), self.size, flip)
-            else:
-                image = picture.resized(crop, self.size, self.size, scale=scale)
-                image = flipped(image) if flip else image
-                if self.rand_augment is not None:
-                    image = np.asarray(self.rand_augment(Image.fromarray(image)))
-            box = draw_erase(self.size) if erase < self.augment.erasing else (0, 0, 0, 0)
+        rng = random.Random(key)
+        crop = draw_crop(rng, picture.width, picture.height, self.augment.crop_scale, self.augment.crop_ratio)
+        flip = rng.random() < self.augment.flip
+        box = draw_erase(rng, self.size) if rng.random() < self.augment.erasing else (0, 0, 0, 0)
+        scale = reduction(crop, self.size, self.size)
+        crop = snapped(crop, scale)  # whatever the decoder, so that all of them crop the same
+        if self.decoder == "device" and can_defer(data):
+            return Pixels(Deferred(data, crop, (self.size, self.size), (0, 0), self.size, flip), box)
+        image = picture.resized(crop, self.size, self.size, scale=scale)
+        image = flipped(image) if flip else image
+        if self.rand_augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                # not torch.manual_seed: that would seed, or queue a seeding of, every GPU too
+                torch.default_generator.manual_seed(key)
+                image = np.asarray(self.rand_augment(Image.fromarray(image)))
         return Pixels(image, box)
 
 
@@ -131,17 +131,19 @@ def flipped(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return torch.from_numpy(np.require(image, requirements="W")).flip(1).numpy()
 
 
-def draw_crop(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Area of a random resized crop (Szegedy et al. 2014), drawn from torch's global generator.
+def draw_crop(
+    rng: random.Random, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """Area of a random resized crop (Szegedy et al. 2014).
 
     Ten tries at an area and an aspect ratio; if none fits, the largest centred crop whose ratio is allowed.
     """
-    for share, slant, down, right in torch.rand(_TRIES, 4).tolist():
-        area = width * height * _between(scale, share)
-        aspect = math.exp(_between((math.log(ratio[0]), math.log(ratio[1])), slant))
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            x, y = int(right * (width - crop_width + 1)), int(down * (height - crop_height + 1))
+            x, y = int(rng.random() * (width - crop_width + 1)), int(rng.random() * (height - crop_height + 1))
             return x, y, crop_width, crop_height
     aspect = min(max(width / height, ratio[0]), ratio[1])
     crop_width = min(width, max(1, round(height * aspect)))
@@ -149,16 +151,12 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], ratio: tuple[
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
-def draw_erase(size: int) -> Box:
-    """A box to erase in a square image, drawn from torch's global generator; empty if ten tries do not fit."""
-    for share, slant, down, right in torch.rand(_TRIES, 4).tolist():
-        area = size * size * _between(_ERASE_AREA, share)
-        aspect = math.exp(_between((math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])), slant))
+def draw_erase(rng: random.Random, size: int) -> Box:
+    """A box to erase in a square image; empty if ten tries do not fit."""
+    for _ in range(_TRIES):
+        area = size * size * rng.uniform(*_ERASE_AREA)
+        aspect = math.exp(rng.uniform(math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])))
         width, height = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < width < size and 0 < height < size:
-            return int(right * (size - width + 1)), int(down * (size - height + 1)), width, height
+            return int(rng.random() * (size - width + 1)), int(rng.random() * (size - height + 1)), width, height
     return 0, 0, 0, 0
-
-
-def _between(bounds: tuple[float, float], share: float) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * share

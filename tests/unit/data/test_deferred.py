@@ -71,11 +71,11 @@ def test_the_gpu_makes_the_same_images(make_shards: Callable[..., ShardSet]) -> 
     subsampled images differ at edges, and their brightness hardly."""
     shards = written(make_shards, images())
     brightness = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    ours, theirs = batches(shards, "device", "cuda"), batches(shards, "fast", "cpu")
+    ours, theirs = batches(shards, "device", "cuda"), batches(shards, "exact", "cpu")
     for (keys, on_gpu), (same_keys, on_cpu) in zip(ours, theirs, strict=True):
         assert keys == same_keys
         difference = (on_gpu - on_cpu) * 127.5
-        assert ((difference * brightness).sum(1).abs().mean((1, 2)) < 1.5).all()
+        assert (difference * brightness).sum(1).abs().mean((1, 2)).max() < 1.5
         for key, colour in zip(keys, difference.abs().mean((1, 2, 3)).tolist(), strict=True):
             assert colour < (8 if int(key) in SUBSAMPLED else 1), key
 
