@@ -23,7 +23,7 @@ from vit_efficient.data.sources.base import Inputs
 from vit_efficient.data.sources.config import SourceConfig
 from vit_efficient.data.verify import verify_folder
 from vit_efficient.errors import UserError
-from vit_efficient.machine import detect
+from vit_efficient.machine import cores
 
 EXAMPLES = """\
 examples:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     if args.processes is not None and args.processes < 1:
         raise UserError(f"--processes {args.processes}: expected at least 1")
-    processes = args.processes or detect().cores
+    processes = args.processes or cores()
     if args.verify is not None:
         return _verify(args, console, processes)
     if args.source is None:

@@ -7,8 +7,6 @@ import re
 import tarfile
 from dataclasses import dataclass
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
-
 from vit_efficient.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
@@ -54,11 +52,10 @@ def _plain_members(span: bytes) -> tuple[str, dict[str, bytes]] | None:
         if header is None:
             return None
         name, size = header
-        prefix, suffix = base_plus_ext(name)
-        suffix = (suffix or "").lower()
-        if prefix is None or suffix in members or key not in (None, prefix):
+        parts = key_and_extension(name)
+        if parts is None or parts[1] in members or key not in (None, parts[0]):
             return None
-        key, at = prefix, at + tarfile.BLOCKSIZE
+        (key, suffix), at = parts, at + tarfile.BLOCKSIZE
         members[suffix] = span[at : at + size]
         at += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return (key, members) if key is not None and at == len(span) else None
@@ -76,8 +73,17 @@ def _plain_header(block: bytes) -> tuple[str, int] | None:
     return name.decode("ascii"), int(size, 8)
 
 
+def key_and_extension(name: str) -> tuple[str, str] | None:
+    """webdataset's convention: all up to the first dot of the last part is the key; None if there is no such dot."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and dot else None
+
+
 def _any_members(span: bytes, origin: str) -> tuple[str, dict[str, bytes]]:
     """The same as webdataset reads it: long names, blocks of zeros, and all else that a tar may hold."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # loads torch, which preparing does without
+
     try:
         groups = list(group_by_keys(tar_file_expander([{"url": origin, "stream": io.BytesIO(span)}])))
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:

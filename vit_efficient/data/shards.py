@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.tariterators import base_plus_ext
 
 from vit_efficient.data.files import atomic_writer
 from vit_efficient.data.manifest import ShardEntry
-from vit_efficient.data.samples import IMAGE_EXTENSIONS, BadSample, parse_label
+from vit_efficient.data.samples import IMAGE_EXTENSIONS, BadSample, key_and_extension, parse_label
 from vit_efficient.errors import DataError
 
 # offset and length in bytes of one sample's span (its tar headers included), that span's CRC-32, and the label
@@ -153,15 +152,16 @@ def _samples(archive: tarfile.TarFile, name: str) -> Iterator[tuple[str, int, in
         return str(key), start, end, number
 
     for member in archive:
-        prefix, suffix = base_plus_ext(member.name)
-        if not member.isreg() or prefix is None:
+        parts = key_and_extension(member.name)
+        if not member.isreg() or parts is None:
             continue
+        prefix, suffix = parts
         if prefix != key:
             if key is not None:
                 yield finished()
             key, start, extensions, label = prefix, member.offset, set(), None
-        extensions.add(suffix.lower())
-        if suffix.lower() == "cls":
+        extensions.add(suffix)
+        if suffix == "cls":
             reader = archive.extractfile(member)
             label = reader.read() if reader is not None else None
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

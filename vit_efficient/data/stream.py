@@ -185,7 +185,7 @@ def _new_pixels(count: int, size: int) -> Tensor:
     if get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # fresh pages, and so zeros
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def init_worker(_: int) -> None:
