@@ -38,6 +38,7 @@ def parser() -> Parser:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     from vit_efficient.engine.evaluation import evaluate_model
+    from vit_efficient.engine.ranks import sum_over_ranks
     from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.setup import build_data, build_transforms
     from vit_efficient.engine.subject import find, from_checkpoint, from_weights
@@ -84,12 +85,12 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         "weight_bytes": subject.weight_bytes,
         "device_bytes": device_bytes,
         "fp32_bytes": 4 * subject.parameters,
-        "skipped_samples": data.skipped,
+        "skipped_samples": sum_over_ranks(data.skipped),
         "per_class": dict(zip(data.class_names, figures["per_class"].tolist(), strict=True)),
     }
     extra = [("time", f"{duration(seconds)}, {metrics['images_per_second']:,.0f} images/s with loading")]
-    if data.skipped:
-        extra.append(("left out", f"{data.skipped} images that could not be read"))
+    if metrics["skipped_samples"]:
+        extra.append(("left out", f"{metrics['skipped_samples']} images that could not be read"))
     console.print(result_table(f"{recipe.variant}: {recipe.model.name}", metrics, extra))
     if options.output is not None:
         write_json(options.output, metrics)

@@ -34,7 +34,7 @@ class Machine:
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "timm", "torchmetrics", "webdataset", "tensorboard", "bitsandbytes", "peft",
-    "flash-attn", "deepspeed", "torchao", "triton", "onnx", "onnxruntime",
+    "simplejpeg", "flash-attn", "deepspeed", "torchao", "triton", "pyarrow", "s3fs", "onnx", "onnxruntime",
 )  # fmt: skip
 
 

@@ -58,7 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"prepare {args.source} needs --out DIR, the folder to write the shards to")
     if args.classes:
         raise UserError("--classes belongs to `prepare index`; a source knows its class names")
-    options = Options(args.val_fraction, args.seed, args.shard_size, args.max_bad, _recode(args), processes)
+    options = Options(
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+        size=args.shard_size,
+        max_bad=args.max_bad,
+        recode=_recode(args),
+        processes=processes,
+        patience=1.0 if args.processes is None else 0.0,
+    )
     try:
         with progress(console, "images") as report:
             made = prepare_source(sources[args.source]().open(_inputs(args)), args.out, options, report)

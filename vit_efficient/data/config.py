@@ -50,10 +50,16 @@ class DataConfig(Config):
         64, description="Parts of the shuffled epoch that are read side by side; part of the order's definition."
     )
     on_error: Literal["raise", "skip"] = Field(
-        "raise", description="What an undecodable image does: stop the run, or be left out, counted and named."
+        "raise",
+        description="What a sample that is altered, cut off or undecodable does: stop the run, or be left out, counted "
+        "and named.",
     )
     max_skipped: float = Field(
-        0.01, ge=0, le=1, description="With `skip`: share of an epoch that may be left out before the run stops."
+        0.01,
+        ge=0,
+        le=1,
+        description="With `skip`: share of an epoch, or of an evaluation, that each device may leave out of its own part "
+        "before the run stops; one sample at least, unless it is 0.",
     )
     remote: RemoteConfig = Field(RemoteConfig(), description="How shards at a URL are read.")
     audit: Path | None = Field(None, description="Append `epoch step rank key` to this file for every training sample.")

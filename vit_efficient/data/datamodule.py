@@ -68,12 +68,14 @@ class ViTDataModule(lightning.LightningDataModule):
         resolved = resolve_shards(shards, config.eval_shards, evaluate_only=evaluate_only, remote=config.remote)
         self._train, self._eval = resolved.train, resolved.eval
         if strict:
-            self._eval.check()
+            tolerant = config.on_error == "skip"
+            self._eval.check(tolerant=tolerant)
             if self._train is not None and not evaluate_only:
-                self._train.check()
+                self._train.check(tolerant=tolerant)
         self.cursor = Cursor()
         self._train_loader: TrainLoader | None = None
         self._eval_loader: EvalLoader | None = None
+        self._skipped = 0  # by loaders that others have replaced
 
     @property
     def train_manifest(self) -> Manifest | None:
@@ -117,8 +119,9 @@ class ViTDataModule(lightning.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """Samples that this rank left out because they could not be read (`data.on_error: skip`)."""
-        return sum(loader.skipped for loader in (self._train_loader, self._eval_loader) if loader is not None)
+        """How often this rank left a sample out, because it could not be read (`data.on_error: skip`)."""
+        loaders = (self._train_loader, self._eval_loader)
+        return self._skipped + sum(loader.skipped for loader in loaders if loader is not None)
 
     @property
     def wait_seconds(self) -> float:
@@ -159,6 +162,7 @@ class ViTDataModule(lightning.LightningDataModule):
         )
         workers = Workers(self.workers, self._pins())
         most = self._most_skipped(self.train_images, world)
+        self._skipped += self._train_loader.skipped if self._train_loader is not None else 0
         self._train_loader = TrainLoader(open_stream, self.cursor, self.steps_per_epoch, accumulate, workers, most)
         return self._train_loader
 
@@ -169,9 +173,10 @@ class ViTDataModule(lightning.LightningDataModule):
         layout = Layout(self._eval_batch(world) * world, rank, world)
         steps = plan.steps(layout.batch_size)
         transform = EvalTransform(self._image(), self.config.eval_resize, self.config.decoder)
-        reader = ShardReader(self._eval, self.num_classes)
+        reader = ShardReader(self._eval, self.num_classes, open_files=4)  # it reads from front to back
         stream = SampleStream(reader, plan, transform, layout, stop=steps, skip_bad=self.config.on_error == "skip")
         most = self._most_skipped(self.eval_images, world)
+        self._skipped += self._eval_loader.skipped if self._eval_loader is not None else 0
         self._eval_loader = EvalLoader(stream, steps, Workers(self.workers, self._pins()), most)
         return self._eval_loader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,3 +72,22 @@ def read_span(descriptor: int, offset: int, length: int) -> bytes:
     while len(span) < length and (more := os.pread(descriptor, length - len(span), offset + len(span))):
         span += more
     return span
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_span(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of it at one place."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def cache_dir() -> Path:
+    """`$VIT_EFFICIENT_CACHE`, or `~/.cache/vit_efficient`."""
+    chosen = os.environ.get("VIT_EFFICIENT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "vit_efficient"

@@ -77,5 +77,5 @@ def _scans(paths: list[Path], processes: int) -> Iterator[tuple[Path, Scan]]:
         for path in paths:
             yield path, scan_shard(path)
         return
-    with worker_pool(processes) as pool:
+    with worker_pool(processes, "Start the same command again, with fewer --processes.") as pool:
         yield from zip(paths, pool.map(scan_shard, paths), strict=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,9 @@ from vit_efficient.data.counter import permute_index
 from vit_efficient.data.encode import Recode, checked
 from vit_efficient.data.processes import worker_pool
 from vit_efficient.data.sources.base import BadImage, Split
-from vit_efficient.errors import DataError
 
-_CHUNK = 32  # images a task: some megabytes at most
+_CHUNK = 8  # images a task: about a megabyte of ImageNet, 40 of a telephone's photographs
 _AHEAD = 3  # tasks in hand for each process
-SMALL = 2_000  # images that a single process has done before others have started
 
 
 @dataclass(frozen=True)
@@ -71,39 +69,41 @@ class Work:
             return Made(index, name, label, b"", "", str(error))
 
 
-def make_all(work: Work, start: int, processes: int) -> Iterator[Made]:
+def make_all(work: Work, start: int, processes: int, patience: float = 0.0) -> Iterator[Made]:
     """All images from one place of the order on, in order, whoever made them.
 
     Args:
         work: what to make.
         start: place to begin at.
         processes: that share it; 1: this one alone.
+        patience: seconds that this one works alone, and might still need, before others are started: that takes time
+            too, and a small set is done by then.
 
     Raises:
         DataError: a process was killed.
     """
+    total, began, low = work.split.labels.size, time.monotonic(), start
+    while low < total:
+        spent = time.monotonic() - began
+        if processes > 1 and spent >= patience and spent * (total - low) >= patience * (low - start):
+            yield from _shared(work, low, processes)
+            return
+        high = min(low + _CHUNK, total)
+        yield from work.make(low, high)
+        low = high
+
+
+def _shared(work: Work, start: int, processes: int) -> Iterator[Made]:
     total = work.split.labels.size
-    chunks = ((low, min(low + _CHUNK, total)) for low in range(start, total, _CHUNK))
-    if processes == 1 or total - start <= SMALL:
-        for low, high in chunks:
-            yield from work.make(low, high)
-        return
-    pool = worker_pool(processes, _start, work)
     waiting: deque[Future[list[Made]]] = deque()
-    try:
-        for low, high in chunks:
-            waiting.append(pool.submit(_make, low, high))
+    remedy = "Start the same command again, with fewer --processes; it goes on from the last whole shard."
+    with worker_pool(processes, remedy, _start, work) as pool:
+        for low in range(start, total, _CHUNK):
+            waiting.append(pool.submit(_make, low, min(low + _CHUNK, total)))
             if len(waiting) >= _AHEAD * processes:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "One of the processes that read images was killed, perhaps for want of memory. "
-            "Start the same command again, with fewer --processes; it goes on from the last whole shard."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _work: Work | None = None  # of this worker process

@@ -55,6 +55,7 @@ class Options:
         max_bad: share of unusable images that stops the run.
         recode: what becomes of large images.
         processes: that read and check images; decides nothing but the time.
+        patience: seconds that one process may take alone before the others are started; likewise.
     """
 
     val_fraction: float | None = None
@@ -63,6 +64,7 @@ class Options:
     max_bad: float = 0.01
     recode: Recode = NO_RECODE
     processes: int = 1
+    patience: float = 0.0
 
 
 def prepare_source(
@@ -198,15 +200,16 @@ class _Feed:
         digits = max(8, len(str(total)))
         key = int(hash_words(Domain.SOURCE_ORDER, self._options.seed, int(self._name == "val"))[0])
         work = Work(self._split, key, self._options.recode)
-        for place, made in enumerate(make_all(work, self._start, self._options.processes), self._start):
+        options = self._options
+        for place, made in enumerate(make_all(work, self._start, options.processes, options.patience), self._start):
             if made.reason is None:
                 self.position = place
                 yield Encoded(f"{made.index:0{digits}d}_{clean(made.name)}", made.data, made.extension, made.label)
             else:
                 self.left_out.append(LeftOut(name=made.name, reason=made.reason))
                 log.warning("left out: %s: %s", made.name, made.reason)
-                if len(self.left_out) > self._options.max_bad * total:
-                    raise _too_many(self._source, self.left_out, total, self._options.max_bad)
+                if len(self.left_out) > options.max_bad * total:
+                    raise _too_many(self._source, self.left_out, total, options.max_bad)
             self._progress(self._name, place + 1, total)
         self.position = total
 

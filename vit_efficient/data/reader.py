@@ -47,7 +47,8 @@ class ShardReader:
             DataError: the shard is absent, or the label is out of range.
         """
         opened, offsets = self._file(shard)
-        return self._sample(shard, index, opened.read(*_place(offsets, index)))
+        row = offsets[index]
+        return self._sample(opened.name, index, row, opened.read(*_place(row)))
 
     def read_all(self, shards: Sequence[int], indices: Sequence[int]) -> Iterator[Callable[[], Sample]]:
         """Many samples; what is far away is fetched side by side, as many at a time as the connections allow.
@@ -74,21 +75,21 @@ class ShardReader:
                     if pool is None:
                         pool = ThreadPoolExecutor(self._connections())
                         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-                    span = pool.submit(opened.read, *_place(offsets, index))
-                    waiting.append(partial(self._fetched, shard, index, span))
+                    row = offsets[index]
+                    span = pool.submit(opened.read, *_place(row))
+                    waiting.append(partial(self._fetched, opened.name, index, row, span))
             yield from waiting
 
-    def _fetched(self, shard: int, index: int, span: Future[bytes]) -> Sample:
-        return self._sample(shard, index, span.result())
+    def _fetched(self, name: str, index: int, row: np.void, span: Future[bytes]) -> Sample:
+        return self._sample(name, index, row, span.result())
 
     def _connections(self) -> int:
         folder = self.shards.folder
         assert isinstance(folder, RemoteFolder), "only those are far away"
         return folder.config.connections
 
-    def _sample(self, shard: int, index: int, span: bytes) -> Sample:
-        """Check a span, and take it apart."""
-        row, name = self._file(shard)[1][index], self.shards.name(shard)
+    def _sample(self, name: str, index: int, row: np.void, span: bytes) -> Sample:
+        """Check the span of sample `index` of the shard that is called so, and take it apart."""
         length = int(row["length"])
         if len(span) != length:
             raise BadSample(
@@ -136,9 +137,8 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _place(offsets: NDArray[np.void], index: int) -> tuple[int, int]:
+def _place(row: np.void) -> tuple[int, int]:
     """Offset and length."""
-    row = offsets[index]
     return int(row["offset"]), int(row["length"])
 
 

@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from vit_efficient.data import manifest as manifests
 from vit_efficient.data.manifest import parse_manifest, read_manifest
 from vit_efficient.data.remote.config import RemoteConfig
-from vit_efficient.data.remote.folder import RemoteFolder, is_url
+from vit_efficient.data.remote.folder import RemoteFolder, is_url, without_credentials
 from vit_efficient.data.remote.retry import Absent
 from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shards import count_classes
@@ -70,10 +70,10 @@ def _sibling(train: ShardSet) -> ShardSet:
     """The folder `val` beside the training shards."""
     folder = train.folder
     if isinstance(folder, RemoteFolder):
-        beside = folder.parent().child("val")
-        if (text := _manifest_at(beside)) is not None:
+        beside = folder.sibling("val")
+        if beside is not None and (text := _manifest_at(beside)) is not None:
             return ShardSet(beside, parse_manifest(text, beside.shown(manifests.NAME)))
-        shown = str(beside)
+        shown = "val" if beside is None else str(beside)
     else:
         sibling = folder.parent / "val"
         if (sibling / manifests.NAME).is_file():
@@ -131,6 +131,7 @@ def _manifest_at(folder: RemoteFolder) -> bytes | None:
 def _open_pattern(text: str, key: str, remote: RemoteConfig) -> ShardSet:
     """The shards that a brace pattern names, of the manifest beside them."""
     where, files = split_pattern(text)
+    shown = without_credentials(text)
     folder: Path | RemoteFolder
     if is_url(where):
         folder = RemoteFolder(where, remote)
@@ -142,24 +143,23 @@ def _open_pattern(text: str, key: str, remote: RemoteConfig) -> ShardSet:
     missing = [file for file in files if file not in numbers]
     if missing:
         raise DataError(
-            f"{key}={text}: the manifest in {folder} does not list {missing[0]}"
+            f"{key}={shown}: the manifest in {folder} does not list {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. "
-            f"Run `python -m vit_efficient.prepare index '{text}'`."
+            f"Run `python -m vit_efficient.prepare index '{shown}'`."
         )
-    if len(files) == len(manifest.shards) and isinstance(folder, RemoteFolder):
-        return ShardSet(folder, manifest)  # all of them: no need to fetch every index for the counts
+    chosen = tuple(manifest.shards[numbers[file]] for file in files)
+    if len(chosen) == len(manifest.shards) and isinstance(folder, RemoteFolder):
+        # all of them: no need to fetch every index for the counts
+        return ShardSet(folder, manifest.model_copy(update={"shards": chosen}))
     every, counts = ShardSet(folder, manifest), np.zeros(len(manifest.class_names), np.int64)
     for file in files:
-        shard, index = every.open(numbers[file])
-        shard.close()
-        found = count_classes(index["label"], counts.size)
+        found = count_classes(every.index(numbers[file])["label"], counts.size)
         if found.size > counts.size:
             raise DataError(
                 f"{every.name(numbers[file])}: label {found.size - 1} is out of range; the manifest has "
                 f"{counts.size} classes."
             )
         counts += found
-    chosen = tuple(manifest.shards[numbers[file]] for file in files)
     update = {"shards": chosen, "class_counts": tuple(counts.tolist())}
     return ShardSet(folder, manifest.model_copy(update=update))
 
@@ -170,15 +170,16 @@ def split_pattern(pattern: str) -> tuple[str, list[str]]:
     Raises:
         DataError: it is none, names a file twice, or files of several folders.
     """
+    shown = without_credentials(pattern)
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
-        raise DataError(f"{pattern}: not a brace pattern: {error}. Example: x-{{000000..000003}}.tar") from error
+        raise DataError(f"{shown}: not a brace pattern: {error}. Example: x-{{000000..000003}}.tar") from error
     folders = {name.rpartition("/")[0] for name in names}
     if len(folders) != 1:
-        raise DataError(f"{pattern}: the shards of one pattern must lie in one folder")
+        raise DataError(f"{shown}: the shards of one pattern must lie in one folder")
     if len(set(names)) != len(names):
-        raise DataError(f"{pattern}: names a shard twice")
+        raise DataError(f"{shown}: names a shard twice")
     return folders.pop() or ".", [name.rpartition("/")[2] for name in names]
 
 
@@ -186,7 +187,8 @@ def expand(pattern: str) -> list[Path]:
     """Local files of a brace pattern, all in one folder."""
     folder, names = split_pattern(pattern)
     if is_url(folder):
-        raise DataError(f"{pattern}: shards are indexed where they lie, not over a network. Index them there.")
+        shown = without_credentials(pattern)
+        raise DataError(f"{shown}: shards are indexed where they lie, not over a network. Index them there.")
     return [Path(folder).expanduser() / name for name in names]
 
 

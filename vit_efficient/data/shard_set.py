@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +15,18 @@ from numpy.typing import NDArray
 from vit_efficient.data.files import read_span
 from vit_efficient.data.manifest import Manifest, ShardEntry
 from vit_efficient.data.remote.folder import RemoteFolder
+from vit_efficient.data.remote.indices import remote_index
 from vit_efficient.data.remote.shard_cache import ShardCache
-from vit_efficient.data.shards import index_path, parse_index, read_index
+from vit_efficient.data.shards import read_index
 from vit_efficient.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class OpenShard(Protocol):
     """One shard's bytes, by position."""
 
+    name: str  # for messages
     distant: bool  # whether it pays to read several parts at a time
 
     def read(self, offset: int, length: int) -> bytes:
@@ -41,13 +46,13 @@ class LocalShard:
     distant = False
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor, self._name = descriptor, name
+        self._descriptor, self.name = descriptor, name
 
     def read(self, offset: int, length: int) -> bytes:
         try:
             return read_span(self._descriptor, offset, length)
         except OSError as error:
-            raise DataError(f"{self._name} cannot be read: {error.strerror}.") from error
+            raise DataError(f"{self.name} cannot be read: {error.strerror}.") from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -59,10 +64,11 @@ class RemoteShard:
     distant = True
 
     def __init__(self, folder: RemoteFolder, file: str) -> None:
-        self._folder, self._file = folder, file
+        self._folder, self._file, self.name = folder, file, folder.shown(file)
+        folder.connect()  # here, and not in each of the threads that read
 
     def read(self, offset: int, length: int) -> bytes:
-        return self._folder.read_range(self._file, offset, length)
+        return self._folder.read_part(self._file, offset, length)
 
     def close(self) -> None:
         """There is nothing to close: connections belong to the folder."""
@@ -80,6 +86,11 @@ class ShardSet:
     folder: Path | RemoteFolder
     manifest: Manifest
 
+    @property
+    def place(self) -> str:
+        """The folder as `data.shards` has it, credentials and all."""
+        return self.folder.url if isinstance(self.folder, RemoteFolder) else str(self.folder)
+
     def name(self, number: int) -> str:
         """Path or URL of shard `number`, as the manifest counts, for people to read."""
         file = self.manifest.shards[number].file
@@ -90,25 +101,38 @@ class ShardSet:
         assert isinstance(self.folder, Path), "a remote shard has no path"
         return self.folder / self.manifest.shards[number].file
 
+    def index(self, number: int) -> NDArray[np.void]:
+        """The offset index of a shard, an array of `INDEX_DTYPE`; the shard itself is not needed.
+
+        Raises:
+            DataError: it is absent or damaged.
+        """
+        entry = self.manifest.shards[number]
+        if isinstance(self.folder, RemoteFolder):
+            return remote_index(self.folder, entry)
+        return read_index(self.folder / entry.file, entry.samples)
+
     def open(self, number: int) -> tuple[OpenShard, NDArray[np.void]]:
         """A shard and its offset index.
 
         Raises:
             DataError: one of them is absent, or the index is damaged.
         """
-        entry = self.manifest.shards[number]
+        offsets, entry = self.index(number), self.manifest.shards[number]
         if isinstance(self.folder, RemoteFolder):
-            return _open_remote(self.folder, entry)
+            return _open_remote(self.folder, entry), offsets
         path = self.folder / entry.file
-        offsets = read_index(path, entry.samples)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"The shard {path} cannot be opened: {error.strerror}.") from error
         return LocalShard(descriptor, str(path)), offsets
 
-    def check(self) -> None:
+    def check(self, *, tolerant: bool = False) -> None:
         """See at the start what can be seen without reading: sizes of local shards, room in the cache of others.
+
+        Args:
+            tolerant: of shards of a wrong size, only warn: samples of them will be left out.
 
         Raises:
             DataError: shards that are absent or truncated, the first five by name; a cache that is too small.
@@ -117,31 +141,35 @@ class ShardSet:
             if self.folder.config.cache is not None:
                 ShardCache(self.folder.config.cache, self.folder.config.cache_bytes).check(self.manifest.shards)
             return
-        wrong = list(_wrong_sizes(self.folder, self.manifest))
+        wrong = []
+        for fault, absent in _wrong_sizes(self.folder, self.manifest):
+            if tolerant and not absent:
+                log.warning("%s: %s", self.folder, fault)
+            else:
+                wrong.append(fault)
         if wrong:
             more = f"\n    and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             listed = "\n    ".join(wrong[:5])
             raise DataError(f"Damaged shards in {self.folder}:\n    {listed}{more}\nCopy or prepare them again.")
 
 
-def _wrong_sizes(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _wrong_sizes(folder: Path, manifest: Manifest) -> Iterator[tuple[str, bool]]:
+    """What is wrong with a shard, and whether that is that it is not there."""
     for entry in manifest.shards:
         try:
             size = (folder / entry.file).stat().st_size
         except FileNotFoundError:
-            yield f"{entry.file} is not there"
+            yield f"{entry.file} is not there", True
             continue
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "not the one prepared"
-            yield f"{entry.file} is {kind}: {size:,} bytes, {entry.bytes:,} in the manifest"
+            yield f"{entry.file} is {kind}: {size:,} bytes, {entry.bytes:,} in the manifest", False
 
 
-def _open_remote(folder: RemoteFolder, entry: ShardEntry) -> tuple[OpenShard, NDArray[np.void]]:
-    name = index_path(Path(entry.file)).name
-    offsets = parse_index(folder.read(name), entry.samples, folder.shown(name), folder.shown(entry.file))
-    config = folder.config
-    if config.cache is not None:
-        descriptor = ShardCache(config.cache, config.cache_bytes).open(folder, entry)
-        if descriptor is not None:
-            return LocalShard(descriptor, folder.shown(entry.file)), offsets
-    return RemoteShard(folder, entry.file), offsets
+def _open_remote(folder: RemoteFolder, entry: ShardEntry) -> OpenShard:
+    """From the cache, if there is one and it has room."""
+    shown, config = folder.shown(entry.file), folder.config
+    kept = ShardCache(config.cache, config.cache_bytes).open(folder, entry) if config.cache is not None else None
+    if kept is None:
+        return RemoteShard(folder, entry.file)
+    return LocalShard(kept.descriptor, f"{shown} (kept as {kept.path})" if kept.whole else shown)

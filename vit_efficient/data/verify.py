@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vit_efficient.data.encode import checked
+from vit_efficient.data.files import sha256_of
 from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
 from vit_efficient.data.preparation import Progress
 from vit_efficient.data.processes import worker_pool
@@ -22,7 +23,6 @@ from vit_efficient.data.sources.base import BadImage
 from vit_efficient.errors import DataError
 
 _MOST = 20  # faults listed of one shard
-_BLOCK = 1 << 20
 
 
 @dataclass
@@ -73,13 +73,10 @@ def _each(folder: Path, manifest: Manifest, processes: int, decode: bool) -> Ite
         for entry in manifest.shards:
             yield check_shard(folder, entry, classes, decode)
         return
-    with worker_pool(processes) as pool:
+    with worker_pool(processes, "Start the same command again, with fewer --processes.") as pool:
         tasks = [pool.submit(check_shard, folder, entry, classes, decode) for entry in manifest.shards]
-        try:
-            for task in as_completed(tasks):
-                yield task.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for task in as_completed(tasks):
+            yield task.result()
 
 
 def _whole(folder: Path, manifest: Manifest, keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[str]:
@@ -101,7 +98,7 @@ def check_shard(folder: Path, entry: ShardEntry, classes: int, decode: bool) -> 
     try:
         if path.stat().st_size != entry.bytes:
             faults.append(f"{path.stat().st_size:,} bytes, {entry.bytes:,} in the manifest")
-        if _sha256(path) != entry.sha256:
+        if sha256_of(path) != entry.sha256:
             faults.append("its sha256 is not the manifest's")
         index = read_index(path, entry.samples)
         keys = []
@@ -146,11 +143,3 @@ def _sample(span: bytes, row: np.void, number: int, classes: int, decode: bool, 
         except BadImage as error:
             faults.append(f"{where}: the image cannot be decoded: {error}")
     return sample
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from vit_efficient.cluster.preempt import StopSignals
 from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.engine.checkpoint import STEP_FILE
+from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.engine.watch import LossWatch, describe
@@ -36,12 +37,16 @@ class StopRun(Exception):  # noqa: N818 - not an error: the run was asked to sto
 
 @dataclass
 class Clock:
-    """Time and images of the training steps alone, summed over all resumptions."""
+    """Time and images of the training steps alone, summed over all resumptions.
+
+    What the data module counts (`wait_seconds`, and `skipped` over all ranks) is here as it was before the last one.
+    """
 
     train_seconds: float = 0.0
     images: int = 0
     wait_seconds: float = 0.0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 class RunLoop(L.Callback):
@@ -67,6 +72,7 @@ class RunLoop(L.Callback):
         self.latest: dict[str, Any] = {}
         self.peak_memory = 0
         self.resumed_from: Path | None = None
+        self._counted: dict[str, float] = {}
         self._saved_at = time.monotonic()
         self._mark = time.monotonic()
         self._started = time.monotonic()
@@ -167,6 +173,11 @@ class RunLoop(L.Callback):
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""
         self.watch.drain()  # raises rather than save weights that are not numbers
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._counted = {
+            "wait_seconds": self.clock.wait_seconds + data.wait_seconds,
+            "skipped": self.clock.skipped + sum_over_ranks(data.skipped),
+        }
         folder = self.run.checkpoints
         path = folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
@@ -181,7 +192,7 @@ class RunLoop(L.Callback):
         return path
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        clock = {**self.clock.__dict__, "seconds": self.elapsed()}
+        clock = {**self.clock.__dict__, "seconds": self.elapsed(), **self._counted}
         checkpoint["vit_efficient"] = {
             "format": FORMAT,
             "position": self.position.state(),

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_efficient.engine.figures import confusion_figure
 from vit_efficient.engine.loop import RunLoop
+from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.measure.memory import peak_memory_bytes
 from vit_efficient.model.module import ViTModule
 
@@ -67,6 +68,9 @@ class Monitor(L.Callback):
         self.images_per_second = (self.loop.clock.images - images) / seconds
         self.wait_share = (trainer.datamodule.wait_seconds - waited) / seconds  # type: ignore[attr-defined]
         self._restart_interval(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        skips = data.config.on_error == "skip"
+        skipped = self.loop.clock.skipped + sum_over_ranks(data.skipped) if skips else 0
         if writer is None:
             return
         assert pl_module.last_loss is not None
@@ -79,8 +83,7 @@ class Monitor(L.Callback):
             "memory/peak_bytes": peak_memory_bytes(pl_module.device),
             "train/epoch": self.loop.position.epoch + self.loop.position.step / pl_module.steps_per_epoch,
         }
-        skipped = trainer.datamodule.skipped  # type: ignore[attr-defined]
-        if skipped:
+        if skips:
             scalars["data/skipped_samples"] = skipped
         writer.log_metrics(scalars, step)
 

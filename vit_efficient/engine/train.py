@@ -19,6 +19,7 @@ from vit_efficient.engine.evaluation import evaluate_model
 from vit_efficient.engine.loop import RunLoop
 from vit_efficient.engine.monitor import Monitor
 from vit_efficient.engine.progress import ConsoleProgress
+from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.engine.resume import check_same_recipe
 from vit_efficient.engine.rundir import RunDir, write_json, write_text
 from vit_efficient.engine.setup import build_data, build_transforms, describe
@@ -131,7 +132,7 @@ def train(
         "weight_bytes": run.model.stat().st_size,
         "device_bytes": device_bytes,
         "fp32_bytes": 4 * built.parameters,
-        "skipped_samples": _over_ranks(data.skipped),
+        "skipped_samples": loop.clock.skipped + sum_over_ranks(data.skipped),
         "best_top1": loop.best["top1"],
         "best_epoch": loop.best["epoch"],
         "per_class": dict(zip(data.class_names, figures["per_class"].tolist(), strict=True)),
@@ -147,12 +148,3 @@ def train(
 def _barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-
-
-def _over_ranks(count: int) -> int:
-    """The sum over all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return count
-    counts = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, count)
-    return sum(counts)

@@ -69,7 +69,7 @@ def measure_data(
     loads = []
     for number in workers:
         progress(f"the loader with {number} worker{'s' * (number > 1)}, for {seconds:g} s")
-        folder = str(train.folder)
+        folder = train.place
         config = DataConfig(source=DigitsConfig(), shards=folder, eval_shards=folder, batch_size=batch_size)
         loads.append(asdict(measure_loader(config, spec, number, seconds)))
     figures["loader"] = loads

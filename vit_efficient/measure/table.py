@@ -66,5 +66,5 @@ def print_result(console: Console, name: str, metrics: Mapping[str, Any], base_s
                   f"{100 * metrics['data_wait_share']:.0f} % of it waiting for data"),
     ]  # fmt: skip
     if metrics["skipped_samples"]:
-        extra.append(("left out", f"{metrics['skipped_samples']} images that could not be read"))
+        extra.append(("left out", f"images that could not be read, {metrics['skipped_samples']} times in all epochs"))
     console.print(result_table(name, metrics, extra))

@@ -17,6 +17,7 @@ from vit_efficient.data.encode import encode_png
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.shard_set import ShardSet
 from vit_efficient.data.shard_writer import Encoded
+from vit_efficient.data.shards import read_index
 from vit_efficient.errors import CheckpointError, DataError, RecipeError
 
 Make = Callable[..., ShardSet]
@@ -202,6 +203,34 @@ def test_a_truncated_shard_is_found_at_the_start(shards: Path, image: ImageSpec)
     made = module(shards, image, strict=False)
     with pytest.raises(DataError, match="is truncated"):
         run(made, (1, 0))
+
+
+def test_a_truncated_shard_loses_what_it_lacks_if_that_may_be_left_out(
+    shards: Path, image: ImageSpec, caplog: Any
+) -> None:
+    path = next((shards / "train").glob("part0*.tar"))
+    row = read_index(path, 7)[5]
+    os.truncate(path, int(row["offset"]) + 10)  # the last two of seven
+    made = module(shards, image, data={"on_error": "skip", "max_skipped": 0.2}, workers=2)
+    assert "part0-000000.tar is truncated" in caplog.text
+    assert sorted(key for key, _ in run(made, (1, 0)).values()) == [
+        f"{number:05d}" for number in range(19) if number not in (5, 6)
+    ]
+    assert made.skipped == 2
+    path.unlink()
+    with pytest.raises(DataError, match=r"part0-000000\.tar is not there"):
+        module(shards, image, data={"on_error": "skip"})
+
+
+def test_what_was_left_out_is_counted_over_all_loaders(make_shards: Make, image: ImageSpec) -> None:
+    good = encode_png(np.full((12, 12, 3), 200, np.uint8))
+    samples = [Encoded(f"{i:05d}", b"" if i == 4 else good, "png", 0) for i in range(6)]
+    folder = make_shards([6], samples=samples).folder
+    made = module(folder, image, data={"eval_shards": str(folder), "on_error": "skip"})
+    for _ in range(2):  # a run evaluates again when it is done, by a loader of its own
+        list(made.train_dataloader())
+        list(made.val_dataloader())
+    assert made.skipped == 4
 
 
 def test_evaluation_without_training_shards(make_shards: Make, image: ImageSpec) -> None:

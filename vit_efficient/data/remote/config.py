@@ -17,16 +17,21 @@ class RemoteConfig(Config):
 
     timeout: PositiveFloat = Field(30.0, description="Seconds to wait for a connection, or for the next bytes of one.")
     attempts: PositiveInt = Field(
-        6, description="How often a request is made, waiting twice as long before each (0.5 s at first, 30 s at most)."
+        8, description="How often a request is made, waiting twice as long before each (0.5 s at first, 30 s at most)."
+    )
+    patience: PositiveFloat = Field(
+        600.0, description="Seconds that a sample, or 8 MB of a shard, may take, all attempts together."
     )
     connections: PositiveInt = Field(16, description="Samples that one loader process fetches at the same time.")
     cache: Path | None = Field(
         None,
-        description="Folder to keep whole shards in, checked by sha256 and shared by all processes of a machine. "
+        description="Folder on a local disk to keep whole shards in, checked by sha256 and shared by all processes. "
         "Unset: only the samples that are asked for are fetched, each time.",
     )
     cache_size: str = Field(
-        "100GB", description="What the folder may hold; the shards used longest ago make room. For example `2TB`."
+        "100GB",
+        description="What the folder may hold, for example `2TB`. Shards that nobody has open make room, the ones used "
+        "longest ago first; where that is not enough, others are read as if there were no cache.",
     )
 
     @field_validator("cache_size")

@@ -1,23 +1,28 @@
-"""A folder of files at a URL, read through fsspec: whole files and parts of files, with retries."""
+"""A folder of files at a URL: whole files, parts of files and copies of files, with retries."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
+from vit_efficient.data.files import write_span
 from vit_efficient.data.remote.config import RemoteConfig
-from vit_efficient.data.remote.retry import Shorter, with_retries
+from vit_efficient.data.remote.retry import with_retries
+from vit_efficient.data.remote.transport import PartsRefused, Transport, open_transport
 from vit_efficient.errors import DataError
 
-_PART = 16 << 20  # bytes fetched at once of a whole file
-_RANGE_BEYOND_END = 416
+_PART = 8 << 20  # bytes fetched at once of a whole shard
 # In a forked process, the parent's file system would close its connections through a thread that is not there, and
 # wait for it. A file system is small, and there is one a folder and process.
-_never_collected: list[Any] = []
+_never_collected: list[Transport] = []
+
+
+class WholeFilesOnly(DataError):  # noqa: N818 - named for the thing
+    """A part of a file was asked for, and the server has no way to send one."""
 
 
 def is_url(text: str) -> bool:
@@ -26,7 +31,9 @@ def is_url(text: str) -> bool:
 
 
 def without_credentials(url: str) -> str:
-    """The URL as it may be shown."""
+    """The URL as it may be shown; a local path as it is."""
+    if not is_url(url):
+        return url
     parts = urlsplit(url)
     netloc = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, netloc, parts.path, "", ""))
@@ -43,7 +50,7 @@ class RemoteFolder:
 
     url: str
     config: RemoteConfig = field(default_factory=RemoteConfig)
-    _opened: tuple[int, Any] | None = field(default=None, repr=False, compare=False)
+    _opened: tuple[int, Transport] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
@@ -56,6 +63,9 @@ class RemoteFolder:
     def __str__(self) -> str:
         return without_credentials(self.url)
 
+    def __repr__(self) -> str:
+        return f"RemoteFolder({str(self)!r})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
@@ -63,13 +73,25 @@ class RemoteFolder:
         """A folder below this one."""
         return RemoteFolder(f"{self.url}/{name}", self.config)
 
-    def parent(self) -> RemoteFolder:
-        """The folder above."""
-        return RemoteFolder(self.url.rpartition("/")[0], self.config)
+    def sibling(self, name: str) -> RemoteFolder | None:
+        """A folder beside this one; None where this one is all of a server, or of a bucket."""
+        parent, _, own = self.url.rpartition("/")
+        return RemoteFolder(f"{parent}/{name}", self.config) if own and not parent.endswith("/") else None
 
     def shown(self, file: str) -> str:
         """A file's URL, for messages."""
         return f"{self}/{file}"
+
+    def connect(self) -> Transport:
+        """What this process asks for files with; neither sockets nor threads survive a fork.
+
+        Raises:
+            DataError: nothing here can read such a URL.
+        """
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), open_transport(self.url, str(self), self.config))
+            _never_collected.append(self._opened[1])
+        return self._opened[1]
 
     def read(self, file: str) -> bytes:
         """A whole file, for small ones.
@@ -78,82 +100,65 @@ class RemoteFolder:
             Absent: not there.
             DataError: not to be had.
         """
-        path = f"{self.url}/{file}"
-        return with_retries(lambda: self._filesystem().cat_file(path), self.shown(file), self.config.attempts)
+        transport, path = self.connect(), f"{self.url}/{file}"
+        return with_retries(lambda seconds: transport.read(path, seconds), self.shown(file), self.config)
 
-    def read_range(self, file: str, offset: int, length: int) -> bytes:
+    def read_part(self, file: str, offset: int, length: int) -> bytes:
         """A part of a file; shorter only where the file ends.
 
         Raises:
             Absent: not there.
-            DataError: not to be had, or the server sends whole files only.
+            WholeFilesOnly: the server knows no parts.
+            DataError: not to be had.
         """
-        data = b""
-
-        def fetch() -> bytes:
-            nonlocal data
-            data = self._range(file, offset, length)
-            if len(data) < length:
-                raise Shorter(f"{len(data):,} bytes of {length:,}")
-            return data
-
+        transport, path = self.connect(), f"{self.url}/{file}"
         try:
-            return with_retries(fetch, self.shown(file), self.config.attempts)
-        except Shorter:
-            return data
+            return with_retries(
+                lambda seconds: transport.read_part(path, offset, length, seconds), self.shown(file), self.config
+            )
+        except PartsRefused as error:
+            raise WholeFilesOnly(
+                f"{self.shown(file)}: the server sends whole files only, where a part was asked for. Set "
+                "data.remote.cache, with a data.remote.cache_size that has room for the shards that are read at the "
+                "same time (data.streams)."
+            ) from error
 
-    def download(self, file: str, target: BinaryIO, size: int) -> None:
-        """Copy a file, part by part, each with its own retries; what does not arrive is missing at the end.
+    def download(self, file: str, target: BinaryIO, size: int) -> int:
+        """Copy a file, several parts at a time, each with its own retries.
 
         Args:
             file: its name.
-            target: open for writing.
-            size: bytes that it should have.
+            target: a file that is open for writing.
+            size: bytes that it should have, and that are fetched at most.
+
+        Returns:
+            bytes that it has; what is missing is missing at the end.
+
+        Raises:
+            Absent: not there.
+            DataError: not to be had.
         """
-        for offset in range(0, size, _PART):
-            target.write(self.read_range(file, offset, min(_PART, size - offset)))
 
-    def _range(self, file: str, offset: int, length: int) -> bytes:
+        def fetch(offset: int) -> int:
+            data = self.read_part(file, offset, min(_PART, size - offset))
+            write_span(target.fileno(), data, offset)
+            return len(data)
+
         try:
-            data: bytes = self._filesystem().cat_file(f"{self.url}/{file}", start=offset, end=offset + length)
-        except Exception as error:  # each file system has its own; this one is told by its status
-            if getattr(error, "status", None) == _RANGE_BEYOND_END:
-                return b""
-            raise
-        if len(data) > length:
-            raise DataError(
-                f"{self.shown(file)}: the server sends the whole file where a part was asked for. Shards must come "
-                "from one that knows byte ranges; copy them to a local folder otherwise."
-            )
-        return data
+            done = fetch(0)
+        except WholeFilesOnly:
+            return self._copy(file, target, size)
+        with ThreadPoolExecutor(self.config.connections) as pool:
+            return done + sum(pool.map(fetch, range(_PART, size, _PART)))
 
-    def _filesystem(self) -> Any:
-        """This process's own: neither its sockets nor its thread survive a fork."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _open(self.url, self.config))
-            _never_collected.append(self._opened[1])
-        return self._opened[1]
+    def _copy(self, file: str, target: BinaryIO, size: int) -> int:
+        """From a server that knows no parts; every attempt begins again."""
+        transport, path = self.connect(), f"{self.url}/{file}"
 
+        def copy(seconds: float) -> int:
+            target.seek(0)
+            return transport.copy(path, target, seconds)
 
-def _open(url: str, config: RemoteConfig) -> Any:
-    from fsspec.core import url_to_fs
-
-    scheme = urlsplit(url).scheme
-    options: dict[str, Any] = {"skip_instance_cache": True}
-    if scheme in ("http", "https"):
-        aiohttp = importlib.import_module("aiohttp")
-        limits = aiohttp.ClientTimeout(
-            total=None, connect=config.timeout, sock_connect=config.timeout, sock_read=config.timeout
-        )
-        options["client_kwargs"] = {"timeout": limits}
-    elif scheme == "s3":
-        options["config_kwargs"] = {"connect_timeout": config.timeout, "read_timeout": config.timeout}
-    try:
-        return url_to_fs(url, **options)[0]
-    except ImportError as error:
-        extra = "; it comes with `pip install 'vit_efficient[s3]'`" if scheme == "s3" else ""
-        raise DataError(
-            f"{without_credentials(url)}: {scheme}:// needs a package that is not installed: {error}{extra}."
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{without_credentials(url)}: fsspec knows no {scheme}://: {error}.") from error
+        patience = self.config.patience * -(-size // _PART)
+        whole = self.config.model_copy(update={"patience": patience})
+        return with_retries(copy, self.shown(file), whole)

@@ -16,7 +16,9 @@ from vit_efficient.data.reader import ShardReader
 from vit_efficient.data.remote.config import RemoteConfig, parse_bytes
 from vit_efficient.data.remote.shard_cache import ShardCache
 from vit_efficient.data.resolve import open_shards
+from vit_efficient.data.samples import BadSample
 from vit_efficient.data.shard_set import ShardSet
+from vit_efficient.data.shards import read_index
 from vit_efficient.errors import DataError
 
 pytestmark = pytest.mark.timeout(60)
@@ -44,7 +46,7 @@ def kept(folder: Path) -> set[str]:
 
 
 def used(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".partial", ".damaged"))
 
 
 def read_all(shards: ShardSet) -> list[str]:
@@ -97,15 +99,93 @@ def test_the_limit_holds_and_the_oldest_goes_first(
     assert server.count(shard(1)) == 2
 
 
-def test_what_is_thrown_out_stays_readable_to_whoever_has_it_open(
-    cached: Callable[..., ShardSet], tmp_path: Path
+def test_what_is_open_is_not_thrown_out(
+    cached: Callable[..., ShardSet], server: Any, tmp_path: Path, caplog: Any
 ) -> None:
+    """A file without a name would still fill the disk. What finds no room is read sample by sample."""
     entries = cached().manifest.shards
     shards = cached(str(max(entry.bytes for entry in entries)))  # room for one
     with ShardReader(shards, 3, open_files=8) as reader:
         keys = [reader.read(number, index).key for index in range(5) for number in range(4)]
-    assert sorted(keys) == ALL
-    assert len(kept(tmp_path / "cache")) == 1
+        assert sorted(keys) == ALL
+        assert kept(tmp_path / "cache") == {entries[0].sha256}
+        assert [server.count(shard(number)) for number in range(4)] == [1, 5, 5, 5]
+    assert caplog.text.count("has no room") == 1  # and not for each of them
+    with ShardReader(shards, 3) as reader:
+        reader.read(1, 0)  # nobody has the first one open any more
+    assert kept(tmp_path / "cache") == {entries[1].sha256}
+
+
+def test_what_somebody_removes_stays_readable_to_whoever_has_it_open(
+    cached: Callable[..., ShardSet], server: Any, tmp_path: Path
+) -> None:
+    with ShardReader(cached(), 3) as reader:
+        reader.read(0, 0)
+        for path in (tmp_path / "cache").glob("*.tar"):
+            path.unlink()
+        assert [reader.read(0, index).key for index in range(5)] == ALL[:5]
+    assert server.count(shard(0)) == 1
+
+
+def test_a_server_without_parts_serves_a_cache(cached: Callable[..., ShardSet], server: Any, tmp_path: Path) -> None:
+    server.always = {shard(number): "no ranges" for number in range(4)}
+    server.faults[shard(0)] = ["no ranges", "drop"]
+    assert read_all(cached()) == ALL
+    before = len(server.requests)
+    assert read_all(cached()) == ALL
+    assert not any(file.endswith(".tar") for _, file, _ in server.requests[before:])
+    shards = cached(str(max(entry.bytes for entry in cached().manifest.shards)))
+    for path in (tmp_path / "cache").glob("*.tar"):
+        path.unlink()
+    with ShardReader(shards, 3) as reader, pytest.raises(DataError, match=r"part\d.*whole files only.*cache_size"):
+        [reader.read(number, 0) for number in range(4)]  # there is no room for two, and no other way
+
+
+def test_an_altered_shard_is_downloaded_once_a_run(
+    cached: Callable[..., ShardSet], server: Any, tmp_path: Path, caplog: Any
+) -> None:
+    path = server.folder / shard(1)
+    good = path.read_bytes()
+    row = read_index(path, 5)[2]
+    bad = bytearray(good)
+    bad[int(row["offset"] + row["length"]) - 600] ^= 1
+    path.write_bytes(bad)
+    cached().check()
+    for _ in range(2):  # as two processes would
+        with ShardReader(cached(), 3) as reader:
+            with pytest.raises(BadSample, match=r"http://.*/train/part1-000000\.tar, sample 00007 .*checksum"):
+                reader.read(1, 2)
+            assert reader.read(1, 3).key == "00008"
+    assert server.count(shard(1)) == 1
+    assert caplog.text.count("part1-000000.tar is not the shard of the manifest") == 1
+    path.write_bytes(good)
+    cached().check()  # the next run begins
+    assert read_all(cached()) == ALL
+    assert server.count(shard(1)) == 2
+    assert not list((tmp_path / "cache").glob("*.damaged"))
+
+
+def test_a_shard_that_the_disk_has_spoilt(cached: Callable[..., ShardSet], server: Any, tmp_path: Path) -> None:
+    read_all(cached())
+    entry = cached().manifest.shards[1]
+    path = tmp_path / "cache" / f"{entry.sha256}.tar"
+    os.truncate(path, 3000)
+    assert read_all(cached()) == ALL
+    assert server.count(shard(1)) == 2
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadSample, match=rf"part1-000000\.tar \(kept as {path}\), sample 00005 .*checksum"):
+        read_all(cached())
+
+
+def test_a_folder_without_locks_or_room_is_an_error(
+    cached: Callable[..., ShardSet], server: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".lock").mkdir()  # stands in for a file system that refuses the lock
+    with pytest.raises(DataError, match=r"data\.remote\.cache=.* cannot be used: .*local disk"):
+        cached().check()
 
 
 def test_a_limit_below_one_shard_is_an_error_at_the_start(cached: Callable[..., ShardSet]) -> None:
@@ -185,7 +265,7 @@ def test_the_cache_knows_contents_not_places(cached: Callable[..., ShardSet], se
     cache = ShardCache(tmp_path / "cache", 10**9)
     shards = cached()
     elsewhere = open_shards(f"{server.url}/train/../train", "data.shards", "train", RemoteConfig())
-    descriptor = cache.open(elsewhere.folder, shards.manifest.shards[0])  # type: ignore[arg-type]
-    assert descriptor is not None
-    os.close(descriptor)
+    found = cache.open(elsewhere.folder, shards.manifest.shards[0])  # type: ignore[arg-type]
+    assert found is not None
+    os.close(found.descriptor)
     assert server.count(shard(0)) == before
