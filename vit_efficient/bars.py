@@ -35,7 +35,19 @@ class _Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else "", style="progress.data.speed")
+        return Text(f"{_rate(speed)} {self.unit}/s" if speed else "", style="progress.data.speed")
+
+
+class _Volume(ProgressColumn):
+    """Megabytes so far."""
+
+    def render(self, task: Task) -> Text:
+        volume = task.fields["volume"]
+        return Text(f"{volume / 1e6:,.0f} MB" if volume else "", style="progress.download")
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 class Report:
@@ -44,7 +56,15 @@ class Report:
     def __init__(self) -> None:
         self.parts: set[str] = set()
 
-    def __call__(self, part: str, done: int, total: int) -> None:
+    def __call__(self, part: str, done: int, total: int, volume: int = 0) -> None:
+        """So many of so many are done.
+
+        Args:
+            part: what they are of.
+            done: items.
+            total: items.
+            volume: bytes written or read for them; 0 if nobody counts.
+        """
         self.parts.add(part)
 
 
@@ -53,12 +73,12 @@ class _Bars(Report):
         super().__init__()
         self._bars, self._tasks = bars, dict[str, TaskID]()
 
-    def __call__(self, part: str, done: int, total: int) -> None:
+    def __call__(self, part: str, done: int, total: int, volume: int = 0) -> None:
         if part not in self.parts:
             # a run that goes on begins at `done`, which says nothing of the speed
-            self._tasks[part] = self._bars.add_task(part, total=total, completed=done)
-        super().__call__(part, done, total)
-        self._bars.update(self._tasks[part], completed=done)
+            self._tasks[part] = self._bars.add_task(part, total=total, completed=done, volume=volume)
+        super().__call__(part, done, total, volume)
+        self._bars.update(self._tasks[part], completed=done, volume=volume)
 
 
 class _Lines(Report):
@@ -68,18 +88,21 @@ class _Lines(Report):
         self._began = self._last = 0.0
         self._first = 0
 
-    def __call__(self, part: str, done: int, total: int) -> None:
+    def __call__(self, part: str, done: int, total: int, volume: int = 0) -> None:
         now = time.monotonic()
         if part not in self.parts:
             self._began = self._last = now
             self._first = done
-        super().__call__(part, done, total)
+        super().__call__(part, done, total, volume)
         if now - self._last < _EVERY and done < total:
             return
         self._last = now
         speed = (done - self._first) / max(now - self._began, 1e-9)
-        left = f", {duration((total - done) / speed)} left" if speed and done < total else ""
-        self._console.print(f"{part}: {done:,} of {total:,} {self._unit}, {speed:,.0f}/s{left}", soft_wrap=True)
+        text = f"{part}: {done:,} of {total:,} {self._unit}"
+        text += f", {_rate(speed)}/s" if speed else ""
+        text += f", {volume / 1e6:,.0f} MB" if volume else ""
+        text += f", {duration((total - done) / speed)} left" if speed and done < total else ""
+        self._console.print(text, soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -102,6 +125,7 @@ def progress(console: Console, unit: str) -> Iterator[Report]:
             BarColumn(),
             MofNCompleteColumn(),
             _Speed(unit),
+            _Volume(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, refresh_per_second=5) as bars:

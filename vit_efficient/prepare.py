@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import get_args
@@ -25,6 +26,8 @@ from vit_efficient.data.verify import verify_folder
 from vit_efficient.errors import UserError
 from vit_efficient.machine import cores
 
+_MOST_REASONS = 5
+
 EXAMPLES = """\
 examples:
   prepare digits --out data/digits
@@ -43,21 +46,31 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, prepare, say what was made."""
     sources = {config.model_fields["name"].default: config for config in get_args(get_args(SourceConfig)[0])}
-    args = _parser([*sources, "index"]).parse_args(argv)
+    parser = _parser([*sources, "index"])
+    args = parser.parse_args(argv)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     console = Console(stderr=True)
     if args.processes is not None and args.processes < 1:
         raise UserError(f"--processes {args.processes}: expected at least 1")
     processes = args.processes or cores()
     if args.verify is not None:
+        if args.source is not None:
+            raise UserError("--verify DIR stands alone: python -m vit_efficient.prepare --verify data/in1k")
+        _only("--verify", given, "verify", "no_decode", "processes")
         return _verify(args, console, processes)
+    if args.no_decode:
+        raise UserError("--no-decode belongs to --verify DIR")
     if args.source is None:
         raise UserError(f"prepare needs a SOURCE: {', '.join([*sources, 'index'])}; or --verify DIR")
     if args.source == "index":
+        _only("index", given, "source", "path", "classes", "processes")
         return _index(args, console, processes)
     if args.out is None:
         raise UserError(f"prepare {args.source} needs --out DIR, the folder to write the shards to")
     if args.classes:
         raise UserError("--classes belongs to `prepare index`; a source knows its class names")
+    if not 0 <= args.max_bad <= 1:
+        raise UserError(f"--max-bad {args.max_bad:g}: expected a share, 0 to 1")
     options = Options(
         val_fraction=args.val_fraction,
         seed=args.seed,
@@ -78,9 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _index(args: argparse.Namespace, console: Console, processes: int) -> int:
-    _inputs(args).only("index", "path")
-    if args.path is None or args.out is not None or args.val_fraction is not None:
-        raise UserError("index takes a pattern alone: prepare index 'shards/x-{000000..000099}.tar'")
+    if args.path is None:
+        raise UserError("index takes a pattern: prepare index 'shards/x-{000000..000099}.tar'")
     names = _class_names(args.classes) if args.classes else None
     with progress(console, "shards") as report:
         made = {"index": index_pattern(args.path, names, report, processes)}
@@ -90,26 +102,31 @@ def _index(args: argparse.Namespace, console: Console, processes: int) -> int:
 
 def _verify(args: argparse.Namespace, console: Console, processes: int) -> int:
     """Check folders; faults go to standard output, a line each, and the exit code is 2 if there are any."""
-    if args.source is not None:
-        raise UserError("--verify DIR stands alone: python -m vit_efficient.prepare --verify data/in1k")
-    folder = args.verify
-    parts = [folder / name for name in ("train", "val") if (folder / name / manifests.NAME).is_file()]
+    folder: Path = args.verify
+    parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()]
     if (folder / manifests.NAME).is_file() or not parts:
         parts = [folder]
-    faults, samples, shards = 0, 0, 0
+    faults = 0
     with progress(console, "shards") as report:
         for part in parts:
             for fault in verify_folder(part, report, processes, decode=not args.no_decode):
                 print(fault, flush=True)
                 faults += 1
-            manifest = read_manifest(part)
-            samples, shards = samples + manifest.samples, shards + len(manifest.shards)
     if faults:
-        print(f"{folder}: {faults} fault{'s' * (faults != 1)}; copy or prepare the shards that are named again.")
+        print(f"{folder}: {faults} fault{'s' * (faults != 1)}; copy or prepare what is named again.")
         return 2
+    made = [read_manifest(part) for part in parts]
+    samples, shards = sum(one.samples for one in made), sum(len(one.shards) for one in made)
     decoded = "" if args.no_decode else ", every image decodes"
     print(f"{folder}: {samples:,} samples in {shards:,} shards are as they were written{decoded}.")
     return 0
+
+
+def _only(what: str, given: set[str], *taken: str) -> None:
+    """Refuse options that `what` has no use for."""
+    if unused := sorted(given.difference(taken)):
+        flags = ", ".join("PATH" if name == "path" else "--" + name.replace("_", "-") for name in unused)
+        raise UserError(f"{what} has no use for {flags}. Leave that out.")
 
 
 def _recode(args: argparse.Namespace) -> Recode:
@@ -206,6 +223,10 @@ def _tell(made: dict[str, Manifest], where: str, written: Container[str]) -> Non
             f"{name}: {manifest.samples:,} images of {len(manifest.class_names):,} classes in {shards}, "
             f"{size / 1e6:,.1f} MB{left_out}{before}"
         )
+        for reason, number in Counter(item.reason for item in manifest.left_out).most_common(_MOST_REASONS):
+            print(f"    left out, {number:,}: {reason}")
+        if manifest.left_out:
+            print(f"    all of them by name: left_out in {Path(where) / name / manifests.NAME}")
     print(f"use them with {shlex.quote(f'data.shards={where}')}")
 
 

@@ -20,10 +20,13 @@ EPOCHS, SETTLED = 20, 4  # by then workers have imported and buffers have grown 
 
 
 def resident(pid: int | str) -> int:
-    """Bytes of a process that are its own: neither shared files nor shared memory."""
+    """A process's share of the memory that it and its relatives fill: no pages of files.
+
+    Those of libraries count for less, or for nothing, while other programs on the machine have them mapped too.
+    """
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     fields = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
-    return 1024 * (int(fields["Private_Clean"]) + int(fields["Private_Dirty"]))
+    return 1024 * (int(fields["Pss_Anon"]) + int(fields["Pss_Shmem"]))
 
 
 def test_twenty_epochs(shared: Callable[[str], Path], tmp_path: Path) -> None:

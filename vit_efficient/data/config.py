@@ -58,8 +58,8 @@ class DataConfig(Config):
         0.01,
         ge=0,
         le=1,
-        description="With `skip`: share of an epoch, or of an evaluation, that each device may leave out of its own part "
-        "before the run stops; one sample at least, unless it is 0.",
+        description="With `skip`: share of an epoch, or of an evaluation, that each device may leave out of its own "
+        "part before the run stops; one sample at least, unless it is 0.",
     )
     remote: RemoteConfig = Field(RemoteConfig(), description="How shards at a URL are read.")
     audit: Path | None = Field(None, description="Append `epoch step rank key` to this file for every training sample.")

@@ -10,6 +10,11 @@ from PIL import Image
 
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _ORIENTATION = 0x0112  # the EXIF tag
+_Turn = Image.Transpose
+_UPRIGHT = {
+    2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90,
+}  # fmt: skip
 
 
 class UndecodableImage(ValueError):  # noqa: N818 - named for the thing
@@ -28,14 +33,14 @@ def open_image(data: bytes) -> Image.Image:
         raise UndecodableImage(_reason(error)) from error
 
 
-def is_turned(image: Image.Image) -> bool:
-    """Whether its EXIF tag asks for it to be shown turned or mirrored.
+def turn_needed(image: Image.Image) -> Image.Transpose | None:
+    """What puts an image upright, if its EXIF tag says that it lies otherwise.
 
     Raises:
         UndecodableImage: the data end early or are damaged (a PNG may have the tag behind its pixels).
     """
     try:
-        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except _BROKEN as error:
         raise UndecodableImage(_reason(error)) from error
 

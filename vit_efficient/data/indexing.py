@@ -46,10 +46,12 @@ def index_pattern(
             if known.source != "index":
                 raise DataError(f"{folder} already has a manifest, made from {known.source}. It was left as it is.")
             entries = {entry.file: entry for entry in known.shards}
+        volume = 0
         for done, (path, scan) in enumerate(_scans(paths, processes), 1):
             write_index(path, scan)
             entries[path.name] = scan.entry
-            progress("index", done, len(paths))
+            volume += scan.entry.bytes
+            progress("index", done, len(paths), volume)
         shards = tuple(entries[name] for name in sorted(entries))
         counts = np.zeros(0, np.int64)
         for entry in shards:

@@ -1,7 +1,7 @@
 """What is finished of a split that is being prepared, so that a killed run goes on where it was.
 
 One JSON object a line: first the settings, then each whole shard with the place in the source's order where the next
-one begins, and what was left out on the way. A line that was cut short by the kill does not count.
+one begins, and what was left out on the way. A last line that was cut short by the kill does not count.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 from vit_efficient.data.files import write_atomically
 from vit_efficient.data.manifest import LeftOut, ShardEntry
+from vit_efficient.data.shards import index_path
 from vit_efficient.errors import DataError
 
 NAME = ".unfinished"
+_OURS = (".tar", ".idx.npy", ".partial")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Journal:
 def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
     """Begin a folder, or go on in one.
 
-    Files that are not of a whole shard are removed. Nothing is touched in a folder that is not ours.
+    Shards that are not whole are removed. Nothing is touched in a folder that is not ours.
 
     Raises:
         DataError: the folder holds files of another origin, or an unfinished run with other input or options.
@@ -83,30 +85,30 @@ def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
             "Finish it with the same command, choose another --out, or remove the folder."
         )
     journal = _whole(journal, folder)
-    keep = {NAME, *(f for e in journal.shards for f in (e.file, f"{Path(e.file).stem}.idx.npy"))}
+    keep = {file for entry in journal.shards for file in (entry.file, index_path(Path(entry.file)).name)}
     for other in folder.iterdir():
-        if other.name not in keep:
+        if other.name not in keep and other.name.endswith(_OURS):
             other.unlink()
     return journal
 
 
 def _read(path: Path) -> tuple[Journal, dict[str, Any] | None]:
-    journal, settings = Journal(path), None
-    whole = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+    """What it says, and the settings that it was begun with, if as much as that was written."""
+    journal, settings, whole = Journal(path), None, 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break  # cut short
         try:
             entry = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
+            if settings is None:
+                settings = dict(entry["settings"])
+            else:
+                journal.shards.append(ShardEntry.model_validate(entry["shard"]))
+                journal.left_out += [LeftOut.model_validate(one) for one in entry["left_out"]]
+                journal.position = int(entry["position"])
+        except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
+            raise DataError(f"{path} is damaged. Remove the folder {path.parent}, and start again.") from error
         whole += len(line)
-        if number == 0:
-            settings = entry["settings"]
-            continue
-        journal.shards.append(ShardEntry.model_validate(entry["shard"]))
-        journal.left_out += [LeftOut.model_validate(one) for one in entry["left_out"]]
-        journal.position = entry["position"]
     os.truncate(path, whole)
     return journal, settings
 
@@ -115,8 +117,7 @@ def _whole(journal: Journal, folder: Path) -> Journal:
     """The journal, if all its shards are there."""
     for entry in journal.shards:
         shard = folder / entry.file
-        index = shard.with_name(f"{shard.stem}.idx.npy")
-        if not (shard.is_file() and shard.stat().st_size == entry.bytes and index.is_file()):
+        if not (shard.is_file() and shard.stat().st_size == entry.bytes and index_path(shard).is_file()):
             raise DataError(
                 f"{folder}: {entry.file}, which an unfinished run had written, is not there or has another size. "
                 "Remove the folder, and start again."

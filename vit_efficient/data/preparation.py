@@ -32,15 +32,16 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SIZE = ShardSize(bytes=256 << 20)
 NO_RECODE = Recode()
+_MOST_LISTED = 20  # images left out, by name; the manifest has them all
 
 
 class Progress(Protocol):
-    """Told how far it is: which part (a split), how many are done, how many there are."""
+    """Told how far it is: which part (a split), how many are done, how many there are, how many bytes that made."""
 
-    def __call__(self, part: str, done: int, total: int) -> None: ...
+    def __call__(self, part: str, done: int, total: int, volume: int = 0) -> None: ...
 
 
-def silent(part: str, done: int, total: int) -> None:
+def silent(part: str, done: int, total: int, volume: int = 0) -> None:
     """Nobody looks."""
 
 
@@ -149,7 +150,8 @@ def _write_split(
     progress: Progress,
 ) -> Manifest:
     make_folder(folder)
-    journal = open_journal(folder, settings | {"source": source.name, "split": name})
+    written_by = f"vit_efficient {__version__}"
+    journal = open_journal(folder, settings | {"source": source.name, "split": name, "written_by": written_by})
     noted = len(journal.left_out)
     try:
         with staged(split, folder.with_name(f".{name}-images"), partial(progress, f"{name}, copied first")) as readable:
@@ -165,7 +167,7 @@ def _write_split(
     for entry in journal.shards:
         counts += count_classes(read_index(folder / entry.file, entry.samples)["label"], counts.size)
     manifest = Manifest(
-        written_by=f"vit_efficient {__version__}",
+        written_by=written_by,
         source=source.name,
         options=settings,
         split=name,
@@ -194,28 +196,40 @@ class _Feed:
         self._progress = progress
         self.position = self._start = journal.position
         self.left_out = list(journal.left_out)
+        self._volume = sum(entry.bytes for entry in journal.shards)
 
     def __iter__(self) -> Iterator[Encoded]:
         total = self._split.labels.size
         digits = max(8, len(str(total)))
-        key = int(hash_words(Domain.SOURCE_ORDER, self._options.seed, int(self._name == "val"))[0])
-        work = Work(self._split, key, self._options.recode)
         options = self._options
+        order = int(hash_words(Domain.SOURCE_ORDER, options.seed, int(self._name == "val"))[0])
+        work = Work(self._split, order, options.recode)
         for place, made in enumerate(make_all(work, self._start, options.processes, options.patience), self._start):
             if made.reason is None:
                 self.position = place
-                yield Encoded(f"{made.index:0{digits}d}_{clean(made.name)}", made.data, made.extension, made.label)
+                key = f"{made.index:0{digits}d}_{clean(made.name)}"
+                yield (sample := Encoded(key, made.data, made.extension, made.label))
+                self._volume += sample.size
             else:
                 self.left_out.append(LeftOut(name=made.name, reason=made.reason))
-                log.warning("left out: %s: %s", made.name, made.reason)
+                self._warn()
                 if len(self.left_out) > options.max_bad * total:
                     raise _too_many(self._source, self.left_out, total, options.max_bad)
-            self._progress(self._name, place + 1, total)
+            self._progress(self._name, place + 1, total, self._volume)
         self.position = total
+
+    def _warn(self) -> None:
+        """Of the last one left out; a log is no place for thousands of them."""
+        if len(self.left_out) <= _MOST_LISTED:
+            log.warning("left out: %s: %s", self.left_out[-1].name, self.left_out[-1].reason)
+        elif len(self.left_out) == _MOST_LISTED + 1:
+            log.warning("left out: more, which the manifest will list")
 
 
 def _too_many(source: Source, left_out: list[LeftOut], total: int, most: float) -> DataError:
-    listed = "\n    ".join(f"{item.name}: {item.reason}" for item in left_out[:10])
+    listed = "\n    ".join(f"{item.name}: {item.reason}" for item in left_out[:_MOST_LISTED])
+    if len(left_out) > _MOST_LISTED:
+        listed += f"\n    and {len(left_out) - _MOST_LISTED:,} more"
     return DataError(
         f"{source.name}: {len(left_out)} of {total} images cannot be used, more than {most:.1%}:\n"
         f"    {listed}\nMend or remove them, or allow a greater share with --max-bad."

@@ -44,16 +44,25 @@ class Encoded:
     extension: str
     label: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of its span: two headers, the label's block, the image."""
+        return 3 * tarfile.BLOCKSIZE + _padded(len(self.image))
+
     def span(self) -> bytes:
         """Its members as they lie in the tar: the same bytes for the same sample, whenever and by whomever written."""
         return _member(f"{self.key}.cls", b"%d" % self.label) + _member(f"{self.key}.{self.extension}", self.image)
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o444
     header = info.tobuf(tarfile.USTAR_FORMAT, "ascii")
-    return header + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    return header + data + bytes(_padded(len(data)) - len(data))
 
 
 class ShardWriter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from vit_efficient.errors import DataError
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("crc32", "<u4"), ("label", "<u4")])
 
 _BLOCK = 1 << 20
+_UNREADABLE = (OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)  # numpy's, of a damaged file
 
 
 def index_path(shard: Path) -> Path:
@@ -42,7 +44,7 @@ def read_index(shard: Path, samples: int) -> NDArray[np.void]:
     path = index_path(shard)
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except _UNREADABLE as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise DataError(f"The offset index {path} {reason}. {_again(str(shard))}") from error
     return checked_index(index, samples, str(path), str(shard))
@@ -59,7 +61,7 @@ def parse_index(data: bytes, samples: int, where: str, shard: str) -> NDArray[np
     """
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"The offset index {where} cannot be read: {error}. {_again(shard)}") from error
     return checked_index(index, samples, where, shard)
 

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vit_efficient.data import journal as journals
+from vit_efficient.data import manifest as manifests
 from vit_efficient.data.encode import checked
 from vit_efficient.data.files import sha256_of
 from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
@@ -31,15 +34,17 @@ class Checked:
 
     Args:
         file: its name.
+        counts: samples of each class.
+        bytes: its size.
         faults: what is wrong, a line each.
         keys: 64-bit digests of its samples' keys.
-        counts: samples of each label.
     """
 
     file: str
+    counts: NDArray[np.int64]
+    bytes: int = 0
     faults: list[str] = field(default_factory=list)
     keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def verify_folder(folder: Path, progress: Progress, processes: int = 1, *, decode: bool = True) -> Iterator[str]:
@@ -57,12 +62,16 @@ def verify_folder(folder: Path, progress: Progress, processes: int = 1, *, decod
     Raises:
         DataError: there is no manifest to check against.
     """
+    if (folder / journals.NAME).exists() and not (folder / manifests.NAME).exists():
+        yield f"{folder}: not finished; the command that prepares it goes on from the last whole shard"
+        return
     manifest = read_manifest(folder)
-    keys, counts = [], np.zeros(len(manifest.class_names), np.int64)
+    keys, counts, volume = [], np.zeros(len(manifest.class_names), np.int64), 0
     for done, shard in enumerate(_each(folder, manifest, processes, decode), 1):
-        progress(folder.name, done, len(manifest.shards))
+        volume += shard.bytes
+        progress(folder.name, done, len(manifest.shards), volume)
         keys.append(shard.keys)
-        counts[: shard.counts.size] += shard.counts[: counts.size]
+        counts += shard.counts
         yield from (f"{folder / shard.file}: {fault}" for fault in shard.faults)
     yield from _whole(folder, manifest, np.concatenate(keys), counts)
 
@@ -93,27 +102,25 @@ def _whole(folder: Path, manifest: Manifest, keys: NDArray[np.uint64], counts: N
 
 def check_shard(folder: Path, entry: ShardEntry, classes: int, decode: bool) -> Checked:
     """Everything about one shard; never more than one sample of it in memory."""
-    path, result = folder / entry.file, Checked(entry.file)
+    path, result = folder / entry.file, Checked(entry.file, np.zeros(classes, np.int64))
     faults = result.faults
     try:
-        if path.stat().st_size != entry.bytes:
-            faults.append(f"{path.stat().st_size:,} bytes, {entry.bytes:,} in the manifest")
+        result.bytes = path.stat().st_size
+        if result.bytes != entry.bytes:
+            faults.append(f"{result.bytes:,} bytes, {entry.bytes:,} in the manifest")
         if sha256_of(path) != entry.sha256:
             faults.append("its sha256 is not the manifest's")
         index = read_index(path, entry.samples)
-        keys = []
+        labels = index["label"]
+        result.counts = count_classes(labels[labels < classes], classes)
         with open(path, "rb") as file:
-            end = 0
-            for number, row in enumerate(index):
-                if int(row["offset"]) < end:
-                    faults.append(f"sample number {number} overlaps the one before it, says the index")
-                end = int(row["offset"]) + int(row["length"])
-                file.seek(int(row["offset"]))
-                sample = _sample(file.read(int(row["length"])), row, number, classes, decode, faults)
-                if sample is not None:
-                    keys.append(int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest()))
+            found = (
+                _sample(span, row, number, classes, decode, faults)
+                for number, (row, span) in enumerate(_spans(file, index, result.bytes, faults))
+                if span is not None
+            )
+            keys = [_digest(sample.key) for sample in found if sample is not None]
         result.keys = np.array(keys, np.uint64)
-        result.counts = count_classes(index["label"], classes)
     except FileNotFoundError:
         faults.append("not there")
     except (OSError, DataError) as error:
@@ -121,6 +128,28 @@ def check_shard(folder: Path, entry: ShardEntry, classes: int, decode: bool) -> 
     if len(faults) > _MOST:
         faults[_MOST:] = [f"and {len(faults) - _MOST} faults more"]
     return result
+
+
+def _spans(
+    file: BinaryIO, index: NDArray[np.void], size: int, faults: list[str]
+) -> Iterator[tuple[np.void, bytes | None]]:
+    """Each line of the index with the bytes that it names, if the file has them."""
+    before = int(index[0]["offset"])
+    for number, row in enumerate(index):
+        offset, end = int(row["offset"]), int(row["offset"]) + int(row["length"])
+        if offset != before:
+            faults.append(f"sample number {number} begins at byte {offset:,}, says the index, and not at {before:,}")
+        before = end
+        if end > size:
+            faults.append(f"sample number {number} ends at byte {end:,}, says the index, behind the shard's end")
+            yield row, None
+            continue
+        file.seek(offset)
+        yield row, file.read(end - offset)
+
+
+def _digest(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
 def _sample(span: bytes, row: np.void, number: int, classes: int, decode: bool, faults: list[str]) -> Sample | None:

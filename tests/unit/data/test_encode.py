@@ -79,6 +79,61 @@ def test_16_bits_become_8() -> None:
     assert np.array_equal(np.asarray(decode(data))[:, :, 1], grey)
 
 
+@pytest.mark.parametrize("first", [0x11, 0x31, 0x41])
+def test_chroma_subsampling_that_only_pillow_decodes_is_no_damage(first: int) -> None:
+    """TurboJPEG refuses 3 x 1, for example; the picture is scrambled here, as only the header was changed."""
+    data = bytearray(saved(picture(64, 64), "JPEG", subsampling=0, quality=60))
+    data[data.index(b"\xff\xc0") + 11] = first
+    assert checked(bytes(data)) == (data, "jpg")
+
+
+TURNS = {
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: lambda x: np.rot90(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_all_eight_orientations(orientation: int) -> None:
+    """As EXIF 2.3 defines them: what is stored, and how it is to be shown."""
+    stored = np.random.default_rng(1).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data, _ = checked(saved(Image.fromarray(stored), "PNG", exif=exif))
+    assert np.array_equal(np.asarray(decode(data)), TURNS[orientation](stored))
+    assert Image.open(io.BytesIO(data)).getexif().get(0x0112, 1) == 1
+
+
+def test_exif_that_makes_no_sense_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 9  # there are eight
+    odd = [saved(picture(), "JPEG", exif=exif)]
+    odd += [saved(picture(), "JPEG", exif=b"Exif\0\0" + rng.bytes(80)) for _ in range(20)]
+    for data in odd:
+        assert checked(data) == (data, "jpg")
+
+
+def test_random_damage_never_crashes() -> None:
+    """It is left out, or was not seen; nothing but `BadImage` may come of it, or one image ends a run of hours."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x829A] = 6, "words", 0.5
+    originals = [saved(picture(16, 12), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    originals += [saved(picture(16, 12), kind, exif=exif) for kind in ("PNG", "JPEG")]
+    left_out = 0
+    for number in range(1600):
+        data = bytearray(originals[number % len(originals)])
+        for place in rng.integers(0, min(len(data), 300), rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        try:
+            checked(bytes(data), Recode(shortest_side=8))
+        except BadImage:
+            left_out += 1
+    assert 200 < left_out < 1400
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_turned_photograph_is_put_upright(kind: str) -> None:
     exif = Image.Exif()
@@ -110,7 +165,8 @@ def bomb() -> bytes:
 
 
 JPEG, PNG = saved(picture(), "JPEG"), saved(picture(), "PNG")
-HALF = len(JPEG) // 2
+CMYK = saved(picture().convert("CMYK"), "JPEG")
+HALF, QUANTIZATION = len(JPEG) // 2, JPEG.index(b"\xff\xdb")
 
 
 @pytest.mark.parametrize(
@@ -122,9 +178,15 @@ HALF = len(JPEG) // 2
         (JPEG[:-2], "Premature end"),  # all pixels, and no end: perhaps a transfer that stopped
         (JPEG[:2], "not an image|truncated"),
         (JPEG[:HALF] + b"\xff\xd9", "Corrupt JPEG data: premature end"),  # Pillow would fill it with grey
-        (JPEG[:HALF] + b"\xff" + JPEG[HALF:], "Corrupt JPEG data|Unsupported marker"),
+        (JPEG[:HALF] + b"\xff" + JPEG[HALF:], "Corrupt JPEG data|broken data stream"),
+        # libjpeg warns of the first thing only: of what lies between two segments, not of the end that is missing
+        (
+            JPEG[:QUANTIZATION] + b"\0\1" + JPEG[QUANTIZATION:HALF] + b"\xff\xd9",
+            "2 extraneous bytes before marker 0xdb",
+        ),
         (saved(picture(), "JPEG", progressive=True)[:HALF], "Premature end"),
-        (saved(picture().convert("CMYK"), "JPEG")[:HALF], "truncated"),
+        (CMYK[: len(CMYK) // 2], "Premature end"),
+        (CMYK[: len(CMYK) // 2] + b"\xff\xd9", "Corrupt JPEG data: premature end"),
         (PNG[: len(PNG) // 2], "truncated|image file"),
         (PNG[:60] + b"\0\0\0\0" + PNG[64:], "."),
         (saved(picture(), "WEBP")[:100], "."),
@@ -144,6 +206,25 @@ def test_large_images_are_made_smaller() -> None:
         assert (extension, made.size) == ("jpg", (160, 120))
         exact = np.asarray(smooth.resize((160, 120), Image.Resampling.LANCZOS)).astype(int)
         assert np.abs(np.asarray(made) - exact).mean() < 3
+
+
+def test_much_larger_jpegs_are_averaged_by_the_decoder() -> None:
+    """Twice the size that is asked for is left to the filter, and that is enough."""
+    smooth = picture(16, 12).resize((1600, 1200), Image.Resampling.BICUBIC)
+    made = decode(checked(saved(smooth, "JPEG", quality=95), Recode(shortest_side=120, quality=95))[0])
+    assert made.size == (160, 120)
+    exact = np.asarray(smooth.resize((160, 120), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(np.asarray(made) - exact).mean() < 3
+
+
+def test_a_turned_large_photograph_is_both_turned_and_resized() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    red = Image.fromarray(RED).resize((400, 600), Image.Resampling.NEAREST)
+    made = np.asarray(decode(checked(saved(red, "JPEG", exif=exif), Recode(shortest_side=40))[0])).astype(int)
+    assert made.shape == (40, 60, 3)
+    assert made[:, -5:, 0].min() > 200
+    assert made[:, :5, 0].max() < 50
 
 
 def test_small_images_stay_as_they_are() -> None:

@@ -5,7 +5,9 @@ import io
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_efficient.data import preparation
 from vit_efficient.data.cache import ensure_digits
 from vit_efficient.data.encode import encode_png
 from vit_efficient.data.manifest import read_manifest
@@ -156,6 +159,42 @@ def test_a_killed_run_can_be_started_again_and_ends_in_the_same_bytes(tmp_path: 
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+STEPS = {"open", "os.remove", "os.rename", "os.mkdir", "os.truncate", "fcntl.flock"}
+
+
+def _die_before(step: int, out: Path) -> None:
+    """End as by `kill -9` when this step of all that are done to files in `out` is about to be taken."""
+    taken = 0
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal taken
+        if event in STEPS and (event == "fcntl.flock" or str(arguments[0]).startswith(str(out))):
+            taken += 1
+            if taken == step:
+                os._exit(9)
+
+    sys.addaudithook(count)
+    prepare_source(source(bad=BAD), out, KILLED)
+
+
+def test_killed_before_any_step_at_all_it_can_be_started_again(tmp_path: Path) -> None:
+    """Before each file that is opened, renamed or removed, one after the other; then once more while it goes on."""
+    prepare_source(source(bad=BAD), tmp_path / "whole", KILLED)
+    whole = contents(tmp_path / "whole")
+    out, ended, step = tmp_path / "killed", None, 0
+    while ended != 0:
+        step += 1
+        for again in (step, 6):
+            process = multiprocessing.get_context("fork").Process(target=_die_before, args=(again, out))
+            process.start()
+            process.join()
+            ended = process.exitcode if again == step else ended
+        prepare_source(source(bad=BAD), out, KILLED)
+        assert contents(out) == whole, step
+        shutil.rmtree(out)
+    assert step > 40
+
+
 def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path / "killed", 25))
     process.start()
@@ -165,6 +204,34 @@ def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"unfinished run with other input or options \(shard_samples, val_fraction\)"):
         prepare_source(source(), tmp_path / "killed", Options(size=ShardSize(samples=11)))
     assert contents(tmp_path / "killed") == before
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path, 25))
+    process.start()
+    process.join()
+    journal = tmp_path / "train" / ".unfinished"
+    text = journal.read_bytes()
+    lines = text.splitlines(keepends=True)
+    assert len(lines) == 3
+    for damaged in (b"junk\n" + text, lines[1] + lines[2], lines[0] + b'{"shard": {}}\n' + lines[2]):
+        journal.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"\.unfinished is damaged"):
+            prepare_source(source(bad=BAD), tmp_path, KILLED)
+    journal.write_bytes(text)
+    (tmp_path / "train" / "train-000001.idx.npy").unlink()
+    with pytest.raises(DataError, match=r"train-000001\.tar, which an unfinished run had written"):
+        prepare_source(source(bad=BAD), tmp_path, KILLED)
+
+
+def test_another_version_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It might write other bytes."""
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path, 25))
+    process.start()
+    process.join()
+    monkeypatch.setattr(preparation, "__version__", "99")
+    with pytest.raises(DataError, match=r"unfinished run with other input or options \(written_by\)"):
+        prepare_source(source(bad=BAD), tmp_path, KILLED)
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -187,6 +254,16 @@ def test_bad_images_are_left_out_and_listed_up_to_a_share(tmp_path: Path) -> Non
     assert not (tmp_path / "b" / "train" / "manifest.json").exists()
     # what it had done is kept, and a greater share allowed goes on from there
     assert prepare_source(source(200, bad=(3, 4, 5)), tmp_path / "b", Options(max_bad=0.02))["train"].samples == 197
+
+
+def test_of_many_bad_images_some_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = tuple(range(0, 60, 2))
+    made = prepare_source(source(60, bad=bad), tmp_path / "a", Options(max_bad=0.5))["train"]
+    assert len(made.left_out) == 30
+    assert len(caplog.messages) == 21
+    assert "more, which the manifest will list" in caplog.messages[-1]
+    with pytest.raises(DataError, match=r"29 of 60 images(?s:.)*and 9 more"):
+        prepare_source(source(60, bad=bad), tmp_path / "b", Options(max_bad=28 / 60))
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
@@ -219,8 +296,17 @@ def test_a_full_disk_is_explained_and_leaves_no_half_of_a_shard(tmp_path: Path) 
 
 def test_progress_is_told(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    prepare_source(source(8), tmp_path, Options(val_fraction=0.5), lambda *what: told.append(what))
+    told_bytes: list[int] = []
+
+    def progress(part: str, done: int, total: int, volume: int = 0) -> None:
+        told.append((part, done, total))
+        told_bytes.append(volume)
+
+    made = prepare_source(source(8), tmp_path, Options(val_fraction=0.5), progress)
     assert told == [(split, done, 4) for split in ("train", "val") for done in range(1, 5)]
+    # but for the end of the tar, which comes last
+    assert told_bytes[3] == made["train"].shards[0].bytes - 1024
+    assert told_bytes[:3] == [told_bytes[3] * done // 4 for done in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(

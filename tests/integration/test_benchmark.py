@@ -1,0 +1,65 @@
+"""`python -m vit_efficient.benchmark data` as a person runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vit_efficient.data.resolve import open_shards
+from vit_efficient.measure.data import read_images
+from vit_efficient.measure.decoding import OURS, USUAL, compare_decoding
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def photographs(command: Command, shared: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The 1,000 real images, as shards."""
+    archive = shared("data/ILSVRC2012_sample_train.tar")
+    command("prepare", "imagenet", "--train", str(archive), "--out", "in1k", "--shard-size", "100")
+    return tmp_path / "in1k"
+
+
+def test_all_tables(command: Command, photographs: Path, tmp_path: Path) -> None:
+    words = ("--images", "20", "--repetitions", "2", "--workers", "1", "2", "--seconds", "0.5")
+    printed = command("benchmark", "data", str(photographs), *words, "--output", "figures.json")
+    for said in ("One core: 20 images", "against the usual", "The loader", "1,000,000,000 samples", "perfect shuffle"):
+        assert said in printed, printed
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {len(rates) for rates in figures["decoding"]["rates"].values()} == {2}
+    assert all(rate > 0 for rates in figures["decoding"]["rates"].values() for rate in rates)
+    assert [load["workers"] for load in figures["loader"]] == [1, 2]
+    assert all(load["rate"] > 0 and load["images"] > 0 for load in figures["loader"])
+    assert figures["plan"]["samples"] == 10**9
+    assert figures["environment"]["commit"] is None or figures["environment"]["packages"]["torch"]
+
+
+def test_without_shards_there_is_the_plan(command: Command) -> None:
+    printed = command("benchmark", "data")
+    assert "go to any step" in printed
+    assert "One core" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("data", "absent"), "there is no such folder"),
+        (("data", "--images", "0"), "0 is not above 0"),
+        (("data", "--seconds", "0"), "--seconds 0 is not above 0"),
+        (("dta",), "invalid choice"),
+    ],
+)
+def test_mistakes_are_explained(command: Command, words: tuple[str, ...], said: str) -> None:
+    assert said in " ".join(command("benchmark", *words, code=2).split())
+
+
+@pytest.mark.slow
+def test_faster_than_the_usual_pipeline(photographs: Path) -> None:
+    """1.7 times is the promise, on a quiet machine; a test machine may be busy, but both share its troubles."""
+    images = read_images(open_shards(str(photographs), "SHARDS", "train"), 200)
+    speeds = {speed.name: speed.median for speed in compare_decoding(images, 224, "bilinear", 3)}
+    print({name: round(rate) for name, rate in speeds.items()})
+    assert speeds[OURS] > 1.5 * speeds[USUAL]
