@@ -13,10 +13,15 @@ from typing import BinaryIO
 from vit_efficient.errors import DataError
 
 
+def partial_path(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` when the block ends well, already on the disk; never a half of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             yield file

@@ -41,12 +41,17 @@ def index_pattern(
         raise DataError(f"{pattern}: there is no folder {folder}.")
     with locked(folder):
         entries: dict[str, ShardEntry] = {}
+        named: tuple[str, ...] | None = class_names
         if (folder / manifests.NAME).exists():
             known = read_manifest(folder)
             if known.source != "index":
                 raise DataError(f"{folder} already has a manifest, made from {known.source}. It was left as it is.")
-            entries = {entry.file: entry for entry in known.shards}
+            entries = {entry.file: entry for entry in known.shards if (folder / entry.file).exists()}
+            numbers = tuple(str(label) for label in range(len(known.class_names)))
+            if named is None and known.class_names != numbers:
+                named = known.class_names
         volume = 0
+        progress("index", 0, len(paths))
         for done, (path, scan) in enumerate(_scans(paths, processes), 1):
             write_index(path, scan)
             entries[path.name] = scan.entry
@@ -58,7 +63,7 @@ def index_pattern(
             found = count_classes(read_index(folder / entry.file, entry.samples)["label"], counts.size)
             found[: counts.size] += counts
             counts = found
-        names = class_names or tuple(str(label) for label in range(counts.size))
+        names = named if named is not None else tuple(str(label) for label in range(counts.size))
         if counts.size > len(names):
             raise DataError(f"{pattern}: label {counts.size - 1} is out of range; {len(names)} class names were given.")
         counts = np.pad(counts, (0, len(names) - counts.size))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.data.files import write_atomically
+from vit_efficient.data.files import partial_path, write_atomically
 from vit_efficient.data.manifest import LeftOut, ShardEntry
 from vit_efficient.data.shards import index_path
 from vit_efficient.errors import DataError
@@ -68,7 +68,8 @@ def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
     """
     path = folder / NAME
     if not path.exists():
-        if any(folder.iterdir()):
+        begun = partial_path(path).name  # left where it was killed while it began the journal
+        if any(other.name != begun for other in folder.iterdir()):
             raise DataError(
                 f"{folder} is not empty, and was not made by a run of this command that was cut short. "
                 "Choose another --out, or empty it first."
@@ -76,9 +77,7 @@ def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
         write_atomically(path, json.dumps({"settings": settings}).encode() + b"\n")
         return Journal(path)
     journal, before = _read(path)
-    if before is None:  # killed before it had written anything
-        write_atomically(path, json.dumps({"settings": settings}).encode() + b"\n")
-    elif before != json.loads(json.dumps(settings)):
+    if before != json.loads(json.dumps(settings)):
         differing = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
         raise DataError(
             f"{folder} holds an unfinished run with other input or options ({', '.join(differing)}). "
@@ -92,15 +91,15 @@ def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
     return journal
 
 
-def _read(path: Path) -> tuple[Journal, dict[str, Any] | None]:
-    """What it says, and the settings that it was begun with, if as much as that was written."""
-    journal, settings, whole = Journal(path), None, 0
+def _read(path: Path) -> tuple[Journal, dict[str, Any]]:
+    """What it says, and the settings that it was begun with."""
+    journal, settings, whole = Journal(path), dict[str, Any](), 0
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break  # cut short
         try:
             entry = json.loads(line)
-            if settings is None:
+            if not whole:
                 settings = dict(entry["settings"])
             else:
                 journal.shards.append(ShardEntry.model_validate(entry["shard"]))
@@ -109,6 +108,8 @@ def _read(path: Path) -> tuple[Journal, dict[str, Any] | None]:
         except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
             raise DataError(f"{path} is damaged. Remove the folder {path.parent}, and start again.") from error
         whole += len(line)
+    if not settings:  # they were written atomically
+        raise DataError(f"{path} is damaged. Remove the folder {path.parent}, and start again.")
     os.truncate(path, whole)
     return journal, settings
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from vit_efficient.config import Config
 from vit_efficient.data.files import write_atomically
@@ -20,10 +20,10 @@ VERSION = 1  # of the layout; a reader refuses newer ones
 class ShardEntry(Config):
     """One shard; `bytes` and `sha256` are those of the file."""
 
-    file: str
+    file: str = Field(pattern=r"^[^/\\\x00]+\.tar$")  # a name, never a path: manifests come from others too
     samples: PositiveInt
     bytes: PositiveInt
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class LeftOut(Config):

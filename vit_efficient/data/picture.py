@@ -1,7 +1,7 @@
 """An encoded image, opened: its size is known, and it can be had resized, whole or a part of it.
 
 The default is fast: libjpeg-turbo decodes no more than the part needs, and torch's vectorised kernel resizes. `exact`
-is Pillow throughout, as most training code has it. They differ by rounding (about 0.04 of 255 on average), and
+is Pillow throughout, as most training code has it. They differ by rounding (below 0.1 of 255 on average), and
 where a JPEG is decoded at reduced resolution by a little more.
 """
 

@@ -204,6 +204,7 @@ class _Feed:
         options = self._options
         order = int(hash_words(Domain.SOURCE_ORDER, options.seed, int(self._name == "val"))[0])
         work = Work(self._split, order, options.recode)
+        self._progress(self._name, self._start, total, self._volume)
         for place, made in enumerate(make_all(work, self._start, options.processes, options.patience), self._start):
             if made.reason is None:
                 self.position = place

@@ -63,10 +63,14 @@ class ShardReader:
         with ExitStack() as stack:
             pool: ThreadPoolExecutor | None = None
             waiting: deque[Callable[[], Sample]] = deque()
+            failed: dict[int, DataError] = {}  # each shard is tried once a batch, with all the patience that takes
             for shard, index in zip(shards, indices, strict=True):
                 try:
+                    if shard in failed:
+                        raise failed[shard]
                     opened, offsets = self._file(shard)
                 except DataError as error:
+                    failed[shard] = error
                     waiting.append(partial(_raise, error))
                     continue
                 if not opened.distant:

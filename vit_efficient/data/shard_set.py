@@ -110,7 +110,7 @@ class ShardSet:
         entry = self.manifest.shards[number]
         if isinstance(self.folder, RemoteFolder):
             return remote_index(self.folder, entry)
-        return read_index(self.folder / entry.file, entry.samples)
+        return read_index(self.folder / entry.file, entry.samples, entry.bytes)
 
     def open(self, number: int) -> tuple[OpenShard, NDArray[np.void]]:
         """A shard and its offset index.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_efficient.data.files import sync_folder
+from vit_efficient.data.files import partial_path, sync_folder
 from vit_efficient.data.manifest import ShardEntry
 from vit_efficient.data.shards import INDEX_DTYPE, Scan, write_index
 
@@ -74,7 +74,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_name(f".{path.name}.partial")
+        self._partial = partial_path(path)
         self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by `close` or `abandon`
         self._digest = hashlib.sha256()
         self._rows: list[tuple[int, int, int, int]] = []

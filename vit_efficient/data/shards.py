@@ -35,11 +35,16 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}.idx.npy")
 
 
-def read_index(shard: Path, samples: int) -> NDArray[np.void]:
+def read_index(shard: Path, samples: int, size: int | None = None) -> NDArray[np.void]:
     """Map the offset index of a shard into memory; an array of `INDEX_DTYPE`.
 
+    Args:
+        shard: its file.
+        samples: that it holds.
+        size: in bytes; None: not known.
+
     Raises:
-        DataError: it is absent, damaged, or not of `samples` entries.
+        DataError: it is absent, damaged, not of `samples` entries, or points outside the shard.
     """
     path = index_path(shard)
     try:
@@ -47,15 +52,16 @@ def read_index(shard: Path, samples: int) -> NDArray[np.void]:
     except _UNREADABLE as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise DataError(f"The offset index {path} {reason}. {_again(str(shard))}") from error
-    return checked_index(index, samples, str(path), str(shard))
+    return _checked_index(index, samples, size, str(path), str(shard))
 
 
-def parse_index(data: bytes, samples: int, where: str, shard: str) -> NDArray[np.void]:
+def parse_index(data: bytes, samples: int, size: int, where: str, shard: str) -> NDArray[np.void]:
     """The same of an index whose bytes came from elsewhere.
 
     Args:
         data: of the file.
         samples: of the shard.
+        size: of the shard, in bytes.
         where: the file, for messages.
         shard: likewise.
     """
@@ -63,15 +69,20 @@ def parse_index(data: bytes, samples: int, where: str, shard: str) -> NDArray[np
         index = np.load(io.BytesIO(data), allow_pickle=False)
     except _UNREADABLE as error:
         raise DataError(f"The offset index {where} cannot be read: {error}. {_again(shard)}") from error
-    return checked_index(index, samples, where, shard)
+    return _checked_index(index, samples, size, where, shard)
 
 
-def checked_index(index: NDArray[np.void], samples: int, where: str, shard: str) -> NDArray[np.void]:
-    """The index, if it is one of so many samples."""
+def _checked_index(index: NDArray[np.void], samples: int, size: int | None, where: str, shard: str) -> NDArray[np.void]:
+    """The index, if it is one of so many samples and bytes."""
     if index.dtype != INDEX_DTYPE or index.shape != (samples,):
         raise DataError(
             f"The offset index {where} does not belong to its shard: {index.shape[0] if index.ndim else 0} "
             f"entries, {samples} samples. {_again(shard)}"
+        )
+    if size is not None and not bool(((index["offset"] <= size) & (index["length"] <= size - index["offset"])).all()):
+        raise DataError(
+            f"The offset index {where} does not belong to its shard: a sample ends past its {size:,} bytes. "
+            f"{_again(shard)}"
         )
     return index
 
@@ -100,16 +111,16 @@ def scan_shard(path: Path) -> Scan:
         DataError: not a plain tar, truncated, empty, or a sample without image or label.
     """
     starts: list[int] = []
+    stops: list[int] = []
     labels: list[int] = []
     key: str | None = None
     end = 0
     try:
         with tarfile.open(path, mode="r:") as archive:
             for group_key, start, stop, label in _samples(archive, path.name):
-                if start != end and key is not None:
-                    raise DataError(f"{path}: the members of sample {key} are not next to each other")
                 key, end = group_key, stop
                 starts.append(start)
+                stops.append(stop)
                 labels.append(label)
     except FileNotFoundError:
         raise DataError(f"The shard {path} is not there.") from None
@@ -122,12 +133,12 @@ def scan_shard(path: Path) -> Scan:
 
     index = np.zeros(len(starts), INDEX_DTYPE)
     index["offset"] = starts
-    index["length"] = np.diff([*starts, end])
+    index["length"] = np.array(stops) - np.array(starts)
     index["label"] = labels
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest.update(file.read(starts[0]))
         for row in index:
+            digest.update(file.read(int(row["offset"]) - file.tell()))  # folders, comments: what is of no sample
             span = file.read(int(row["length"]))
             row["crc32"] = zlib.crc32(span)
             digest.update(span)

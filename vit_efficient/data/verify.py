@@ -67,6 +67,7 @@ def verify_folder(folder: Path, progress: Progress, processes: int = 1, *, decod
         return
     manifest = read_manifest(folder)
     keys, counts, volume = [], np.zeros(len(manifest.class_names), np.int64), 0
+    progress(folder.name, 0, len(manifest.shards))
     for done, shard in enumerate(_each(folder, manifest, processes, decode), 1):
         volume += shard.bytes
         progress(folder.name, done, len(manifest.shards), volume)
@@ -110,7 +111,7 @@ def check_shard(folder: Path, entry: ShardEntry, classes: int, decode: bool) -> 
             faults.append(f"{result.bytes:,} bytes, {entry.bytes:,} in the manifest")
         if sha256_of(path) != entry.sha256:
             faults.append("its sha256 is not the manifest's")
-        index = read_index(path, entry.samples)
+        index = read_index(path, entry.samples, entry.bytes)
         labels = index["label"]
         result.counts = count_classes(labels[labels < classes], classes)
         with open(path, "rb") as file:

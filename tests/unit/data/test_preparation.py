@@ -214,7 +214,7 @@ def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     text = journal.read_bytes()
     lines = text.splitlines(keepends=True)
     assert len(lines) == 3
-    for damaged in (b"junk\n" + text, lines[1] + lines[2], lines[0] + b'{"shard": {}}\n' + lines[2]):
+    for damaged in (b"", b"junk\n" + text, lines[1] + lines[2], lines[0] + b'{"shard": {}}\n' + lines[2]):
         journal.write_bytes(damaged)
         with pytest.raises(DataError, match=r"\.unfinished is damaged"):
             prepare_source(source(bad=BAD), tmp_path, KILLED)
@@ -303,10 +303,10 @@ def test_progress_is_told(tmp_path: Path) -> None:
         told_bytes.append(volume)
 
     made = prepare_source(source(8), tmp_path, Options(val_fraction=0.5), progress)
-    assert told == [(split, done, 4) for split in ("train", "val") for done in range(1, 5)]
+    assert told == [(split, done, 4) for split in ("train", "val") for done in range(5)]
     # but for the end of the tar, which comes last
-    assert told_bytes[3] == made["train"].shards[0].bytes - 1024
-    assert told_bytes[:3] == [told_bytes[3] * done // 4 for done in (1, 2, 3)]
+    assert told_bytes[4] == made["train"].shards[0].bytes - 1024
+    assert told_bytes[:4] == [told_bytes[4] * done // 4 for done in range(4)]
 
 
 @pytest.mark.parametrize(

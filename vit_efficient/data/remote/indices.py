@@ -28,24 +28,13 @@ def remote_index(folder: RemoteFolder, entry: ShardEntry) -> NDArray[np.void]:
     places = (folder.config.cache or cache_dir()).expanduser() / "indices"
     kept = places / f"{entry.sha256}.tar"
     with contextlib.suppress(DataError):  # not there yet, or damaged
-        return _fitting(read_index(kept, entry.samples), entry, str(kept))
+        return read_index(kept, entry.samples, entry.bytes)
     name = index_path(Path(entry.file)).name
     data, shown = folder.read(name), folder.shown(name)
-    _fitting(parse_index(data, entry.samples, shown, folder.shown(entry.file)), entry, shown)
+    parse_index(data, entry.samples, entry.bytes, shown, folder.shown(entry.file))
     make_folder(places)
     _place(data, index_path(kept))
-    return read_index(kept, entry.samples)
-
-
-def _fitting(index: NDArray[np.void], entry: ShardEntry, shown: str) -> NDArray[np.void]:
-    """The index, if its samples lie within the shard."""
-    end = int((index["offset"] + index["length"]).max())
-    if end > entry.bytes:
-        raise DataError(
-            f"The offset index {shown} does not belong to its shard: a sample ends at byte {end:,} of {entry.bytes:,}. "
-            f"Copy it again, or make it again with `python -m vit_efficient.prepare index`."
-        )
-    return index
+    return read_index(kept, entry.samples, entry.bytes)
 
 
 def _place(data: bytes, path: Path) -> None:
