@@ -58,6 +58,19 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns the trouble of writing to a folder into words.
+
+    Raises:
+        DataError: no right to write, no room, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}. Mend that, and start this again.") from error
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One writer at a time; the lock goes with the process, however that ends."""
     descriptor = os.open(folder, os.O_RDONLY)

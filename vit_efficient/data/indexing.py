@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_efficient.data import manifest as manifests
-from vit_efficient.data.files import locked
+from vit_efficient.data.files import locked, writing
 from vit_efficient.data.manifest import Manifest, ShardEntry, read_manifest
 from vit_efficient.data.preparation import Progress, silent
 from vit_efficient.data.processes import worker_pool
@@ -39,7 +39,7 @@ def index_pattern(
     folder = paths[0].parent
     if not folder.is_dir():
         raise DataError(f"{pattern}: there is no folder {folder}.")
-    with locked(folder):
+    with writing(folder), locked(folder):
         entries: dict[str, ShardEntry] = {}
         named: tuple[str, ...] | None = class_names
         if (folder / manifests.NAME).exists():

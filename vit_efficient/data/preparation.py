@@ -17,7 +17,7 @@ from vit_efficient.data import journal as journals
 from vit_efficient.data import manifest as manifests
 from vit_efficient.data.counter import Domain, hash_words
 from vit_efficient.data.encode import Recode
-from vit_efficient.data.files import locked, make_folder
+from vit_efficient.data.files import locked, make_folder, writing
 from vit_efficient.data.journal import Journal, open_journal
 from vit_efficient.data.manifest import LeftOut, Manifest, read_manifest
 from vit_efficient.data.pool import Work, make_all
@@ -85,7 +85,7 @@ def prepare_source(
     options = options or Options()
     splits = _splits(source, options)
     make_folder(out)
-    with locked(out):
+    with writing(out), locked(out):
         settings = {
             "seed": options.seed,
             "val_fraction": options.val_fraction,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from rich.console import Console
 from rich.syntax import Syntax
@@ -23,7 +25,7 @@ from vit_efficient.recipe.schema import Recipe
 def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: Console) -> None:
     """Print the resolved recipe, parameter counts, the memory estimate, and whether this machine can run it."""
     quiet()
-    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default", word_wrap=True))
+    console.print(Syntax(_without_passwords(dump_recipe(recipe)), "yaml", background_color="default", word_wrap=True))
     reasons = [str(p) for p in problems]
     classes = recipe.model.num_classes
     try:
@@ -95,3 +97,8 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
             console.print(f"  - {reason}")
     else:
         console.print("\n[bold green]This machine can run it.[/]")
+
+
+def _without_passwords(text: str) -> str:
+    """Credentials belong in `~/.netrc`, but a URL may have them all the same."""
+    return re.sub(r"://[^/@\s]+@", "://", text)

@@ -65,3 +65,24 @@ def test_manifest_is_immutable(make_shards: Callable[..., ShardSet]) -> None:
     manifest: Manifest = make_shards([2]).manifest
     with pytest.raises(ValueError, match="frozen"):
         manifest.split = "val"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("file", "../../elsewhere.tar"),
+        ("file", "/etc/passwd.tar"),
+        ("file", "a\\b.tar"),
+        ("file", "x.txt"),
+        ("sha256", "/tmp/victim"),
+        ("sha256", "0" * 63),
+        ("sha256", "G" * 64),
+    ],
+)
+def test_a_strangers_manifest_names_files_and_digests_only(tmp_path: Path, key: str, value: str) -> None:
+    """Both become names of files, in the shards' folder and in a cache."""
+    entry = {"file": "x.tar", "samples": 1, "bytes": 1, "sha256": "0" * 64} | {key: value}
+    whole = {"source": "x", "options": {}, "split": "train", "class_names": ["a"], "class_counts": [1]}
+    (tmp_path / "manifest.json").write_text(json.dumps(whole | {"shards": [entry]}))
+    with pytest.raises(DataError, match=f"not a manifest: shards.0.{key}"):
+        read_manifest(tmp_path)

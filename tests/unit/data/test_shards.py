@@ -164,3 +164,37 @@ def test_a_foreign_index_is_refused(tmp_path: Path) -> None:
     index_path(shard).unlink()
     with pytest.raises(DataError, match="prepare index"):
         read_index(shard, 4)
+
+
+def test_folders_between_samples_belong_to_none(tmp_path: Path) -> None:
+    """As plain `tar` packs a folder of folders."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(3):
+            folder = tarfile.TarInfo(f"d{number}")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            for name, data in ((f"d{number}/a.cls", b"1"), (f"d{number}/a.jpg", b"x" * (700 * number))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    scan = scan_shard(path)
+    data = path.read_bytes()
+    assert scan.entry.sha256 == hashlib.sha256(data).hexdigest()
+    for number, row in enumerate(scan.index):
+        span = data[int(row["offset"]) : int(row["offset"] + row["length"])]
+        assert zlib.crc32(span) == row["crc32"]
+        with tarfile.open(fileobj=io.BytesIO(span)) as archive:
+            assert archive.getnames() == [f"d{number}/a.cls", f"d{number}/a.jpg"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", 2**60), ("offset", 2**63), ("offset", 10**6)])
+def test_an_index_that_points_outside_its_shard_is_refused(tmp_path: Path, key: str, value: int) -> None:
+    (scan,) = write_shards(images(4), tmp_path, "x", ShardSize(samples=9))
+    path = tmp_path / scan.entry.file
+    read_index(path, 4, scan.entry.bytes)
+    index = scan.index.copy()
+    index[key][2] = value
+    np.save(index_path(path), index)
+    with pytest.raises(DataError, match="a sample ends past its"):
+        read_index(path, 4, scan.entry.bytes)

@@ -241,3 +241,15 @@ def test_anything_that_fsspec_opens(made: ShardSet, image: ImageSpec) -> None:
     data = module(f"file://{made.folder}", image)
     assert sorted(keys(data.train_dataloader())) == ALL
     data.teardown("fit")
+
+
+def test_a_shard_that_cannot_be_had_is_tried_once_a_batch(made: ShardSet, server: Any) -> None:
+    """Not once a sample: with all attempts and pauses, that would look like a hang."""
+    server.always["train/part0-000000.idx.npy"] = 500
+    shards = open_shards(f"{server.url}/train", "data.shards", "train", FAST)
+    with ShardReader(shards, 3) as reader:
+        reads = list(reader.read_all([0] * 5, range(5)))
+        for read in reads:
+            with pytest.raises(DataError, match="part0-000000"):
+                read()
+    assert server.count("part0-000000.idx.npy") == FAST.attempts
