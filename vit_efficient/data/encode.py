@@ -113,12 +113,7 @@ def _check_jpeg(data: bytes, image: Image.Image) -> bool:
     """
     width, height = image.size
     try:
-        simplejpeg.decode_jpeg(
-            data,
-            colorspace="CMYK" if image.mode == "CMYK" else "RGB",
-            min_height=-(-height // 8),
-            min_width=-(-width // 8),
-        )
+        simplejpeg.decode_jpeg(data, min_height=-(-height // 8), min_width=-(-width // 8))
     except ValueError as error:
         if _DAMAGE.search(str(error)) and not _HARMLESS.search(str(error)):
             raise BadImage(str(error)) from error

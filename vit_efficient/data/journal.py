@@ -19,7 +19,6 @@ from vit_efficient.data.shards import index_path
 from vit_efficient.errors import DataError
 
 NAME = ".unfinished"
-_OURS = (".tar", ".idx.npy", ".partial")
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Journal:
 def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
     """Begin a folder, or go on in one.
 
-    Shards that are not whole are removed. Nothing is touched in a folder that is not ours.
+    What the killed run left of a shard that is not whole stays: that shard is written next, under the same names.
 
     Raises:
         DataError: the folder holds files of another origin, or an unfinished run with other input or options.
@@ -83,12 +82,7 @@ def open_journal(folder: Path, settings: dict[str, Any]) -> Journal:
             f"{folder} holds an unfinished run with other input or options ({', '.join(differing)}). "
             "Finish it with the same command, choose another --out, or remove the folder."
         )
-    journal = _whole(journal, folder)
-    keep = {file for entry in journal.shards for file in (entry.file, index_path(Path(entry.file)).name)}
-    for other in folder.iterdir():
-        if other.name not in keep and other.name.endswith(_OURS):
-            other.unlink()
-    return journal
+    return _whole(journal, folder)
 
 
 def _read(path: Path) -> tuple[Journal, dict[str, Any]]:

@@ -154,7 +154,10 @@ def test_a_killed_run_can_be_started_again_and_ends_in_the_same_bytes(tmp_path: 
     assert process.exitcode == 9
     assert not (tmp_path / "killed" / "train" / "manifest.json").exists()
     assert list((tmp_path / "killed" / "train").glob(".*.partial"))
-    made = prepare_source(source(bad=BAD), tmp_path / "killed", KILLED)
+    whole = len(list((tmp_path / "killed" / "train").glob("*.tar")))
+    told: list[int] = []
+    made = prepare_source(source(bad=BAD), tmp_path / "killed", KILLED, lambda *what: told.append(what[3]))
+    assert told[0] == sum(entry.bytes for entry in made["train"].shards[:whole])
     assert sum(len(manifest.left_out) for manifest in made.values()) == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
