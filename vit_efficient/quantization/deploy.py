@@ -7,41 +7,18 @@ layers are what, so that a freshly created timm model can be given the same form
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vit_efficient.config import Config
 from vit_efficient.errors import CheckpointError
-from vit_efficient.quantization.int8_layers import DeployedInt8, Int8Linear, Int8Patches
+from vit_efficient.quantization.stored import ADAPTERS, LAYERS, QuantizedLayer, StoredAdapter, StoredLayer
 from vit_efficient.quantization.surgery import replace
 
 FORMAT = "vit_efficient"
-VERSION = "1"
-
-
-class StoredLayer(Config):
-    """How a quantized layer is stored; `shape` is that of its float weight."""
-
-    kind: Literal["int8", "nf4", "fp4"]
-    shape: tuple[PositiveInt, ...]
-    double_quant: bool = False
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-class StoredAdapter(Config):
-    """A low-rank adapter: its output is scaled by alpha / rank."""
-
-    rank: PositiveInt
-    alpha: PositiveFloat
-
-
-LAYERS = TypeAdapter(dict[str, StoredLayer])
-ADAPTERS = TypeAdapter(dict[str, StoredAdapter])
+VERSION = "2"
 
 
 def deployed_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -59,16 +36,18 @@ def deployed_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> tupl
     layers: dict[str, StoredLayer] = {}
     adapters: dict[str, StoredAdapter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (Int8Linear, Int8Patches, DeployedInt8)):
-            deployed = module if isinstance(module, DeployedInt8) else DeployedInt8.of(module)
-            tensors |= {f"{name}.{key}": tensor for key, tensor in deployed.state_dict().items()}
-            layers[name] = StoredLayer(kind="int8", shape=tuple(deployed.weight.shape))
-        elif _is_4bit(module):
-            layers[name] = _describe_4bit(module)
+        if isinstance(module, QuantizedLayer):
+            own = {key for key in tensors if key.startswith(f"{name}.")}
+            deployed = module.to_deployed().state_dict()
+            tensors = {key: tensor for key, tensor in tensors.items() if key not in own}
+            tensors |= {f"{name}.{key}": tensor.detach() for key, tensor in deployed.items()}
+            layers[name] = module.describe()  # type: ignore[assignment]
         elif isinstance(module, (nn.Linear, nn.Conv2d)) and dtype != torch.float32:
             tensors |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in module.state_dict().items()}
         elif hasattr(module, "lora_A"):
-            adapters[name] = StoredAdapter(rank=module.r["default"], alpha=module.lora_alpha["default"])
+            from vit_efficient.quantization import lora
+
+            adapters[name] = lora.describe(module)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -95,7 +74,9 @@ def load_deployed(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Map
     for name, layer in layers.items():
         _prepare(model, name, layer, tensors)
     if adapters:
-        _prepare_adapters(model, adapters)
+        from vit_efficient.quantization import lora
+
+        lora.inject_stored(model, adapters)
     try:
         missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:  # how torch reports shapes that differ
@@ -115,21 +96,6 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _is_4bit(module: nn.Module) -> bool:
-    return getattr(module, "quant_state", None) is not None
-
-
-def _describe_4bit(module: Any) -> StoredLayer:
-    state = module.quant_state
-    dtype = str(module.compute_dtype).removeprefix("torch.")
-    return StoredLayer(
-        kind=state.quant_type,
-        shape=tuple(state.shape),
-        double_quant=state.nested,
-        compute_dtype=dtype,
-    )
-
-
 def _read(metadata: Mapping[str, str]) -> tuple[dict[str, StoredLayer], dict[str, StoredAdapter]]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError("The file does not say that it is a deployed model of vit_efficient (`format`).")
@@ -145,37 +111,15 @@ def _read(metadata: Mapping[str, str]) -> tuple[dict[str, StoredLayer], dict[str
 
 def _prepare(model: nn.Module, name: str, layer: StoredLayer, tensors: Mapping[str, Tensor]) -> None:
     """Put an empty deployed layer where the float one is. Under an adapter its name ends in `base_layer`."""
-    weight = tensors.get(f"{name}.weight")
-    size = math.prod(layer.shape)
-    expected = (torch.int8, size) if layer.kind == "int8" else (torch.uint8, (size + 1) // 2)
-    if weight is None or (weight.dtype, weight.numel()) != expected:
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    if problem := layer.check(own):
         raise CheckpointError(
-            f"{name}.weight in the file is not what its description says: {layer.kind} {layer.shape}."
+            f"The tensors of {name} are not what the file says of them ({layer.kind} {layer.shape}): {problem}."
         )
-    place = name.removesuffix(".base_layer")
-    device, bias = next(model.parameters()).device, f"{name}.bias" in tensors
-    deployed: nn.Module
-    if layer.kind == "int8":
-        deployed = DeployedInt8(layer.shape, bias)
-    else:
-        from vit_efficient.quantization.int4_layers import FrozenLinear4bit
-
-        deployed = FrozenLinear4bit.empty(
-            layer.shape, bias, type=layer.kind, double_quant=layer.double_quant,  # type: ignore[arg-type]
-            compute_dtype=getattr(torch, layer.compute_dtype),
-        )  # fmt: skip
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    replace(model, place, deployed.to(device).train(model.training))
-
-
-def _prepare_adapters(model: nn.Module, adapters: dict[str, StoredAdapter]) -> None:
-    from vit_efficient.quantization import lora
-
-    settings = {(adapter.rank, adapter.alpha) for adapter in adapters.values()}
-    if len(settings) != 1:
-        raise CheckpointError(f"The file's adapters have differing ranks or scales, {sorted(settings)}.")
-    rank, alpha = settings.pop()
-    lora.inject(model, list(adapters), rank=rank, alpha=alpha)
+    device = next(model.parameters()).device
+    if layer.kind in ("nf4", "fp4"):
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft reads it, and wraps wrongly without it
+    replace(model, name.removesuffix(".base_layer"), layer.build("bias" in own).to(device).train(model.training))
 
 
 def _listed(names: list[str], most: int = 6) -> str:

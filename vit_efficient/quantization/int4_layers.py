@@ -11,7 +11,7 @@ bitsandbytes 0.50 has three habits that this corrects:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vit_efficient.errors import UserError
 from vit_efficient.quantization.select import Layer
+from vit_efficient.quantization.stored import StoredBnb4
 from vit_efficient.quantization.surgery import replace
 
 BLOCK = 64  # weights that share a scale
@@ -78,6 +79,22 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         return super().forward(x)
+
+    @property
+    def deployed(self) -> Literal["linear", "patches"]:
+        return "linear"
+
+    def to_deployed(self) -> FrozenLinear4bit:
+        """Itself: the base is in 4 bits from the start."""
+        return self
+
+    def describe(self) -> StoredBnb4:
+        """How it is stored."""
+        state = self.quant_state
+        dtype: Any = str(self.compute_dtype).removeprefix("torch.")
+        return StoredBnb4(
+            kind=state.quant_type, shape=tuple(state.shape), double_quant=state.nested, compute_dtype=dtype
+        )
 
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

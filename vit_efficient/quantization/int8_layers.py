@@ -1,96 +1,228 @@
 """Integer layers: the trainable ones, which keep a float weight and quantize it in each forward, and the deployed ones.
 
 Both forwards are the same integer arithmetic (`kernels.int8_linear`), so what is trained is what is deployed, bit for
-bit. Legend: B batch, C channels, H and W pixels, D outputs, P patch side, M tokens, K inputs, N outputs.
+bit. Legend: B batch, C channels, H and W pixels, D outputs, P patch side, M tokens, K inputs, N outputs, G groups.
+
+What a layer may have beside weight and bias, all float32 whatever the model is cast to:
+
+- `smooth` (K,): inputs are divided by it, and the weight has been multiplied by it (SmoothQuant, arXiv:2211.10438).
+- `input_scale` (): the step of static activations.
+- `weight_scale` (N, G), or (1, 1): given steps of the weight; without them its largest magnitude decides.
+- `log_input_scale`, `log_weight_scale`: the logarithms of these two where they are learned. A step is positive, and
+  the optimizer's rate is then a relative change of it, the same for weights and activations of any size (Jain et al.,
+  arXiv:1903.08066, section 3, argue so for thresholds).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.kernels.int8_linear.op import int8_linear, int8_linear_codes, quantize_rows
+from vit_efficient.kernels.int8_linear.op import (
+    int8_linear,
+    int8_linear_codes,
+    output_dtype,
+    quantize_activations,
+    quantize_weight,
+)
+from vit_efficient.kernels.int8_linear.packing import pack, unpack
+from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization.select import Layer, is_patches
+from vit_efficient.quantization.stored import StoredInt8
 from vit_efficient.quantization.surgery import replace
 
+FLOAT32 = ("smooth", "input_scale", "weight_scale", "log_input_scale", "log_weight_scale")
 
-class Int8Linear(nn.Linear):
-    """`nn.Linear` whose forward, in training and in evaluation, runs on int8 codes. The same parameters by name."""
+
+class IntegerLayer(nn.Module):
+    """What trainable and deployed integer layers share."""
+
+    scheme: Scheme
+    weight: Tensor
+    bias: Tensor | None
+    smooth: Tensor | None
+    input_scale: Tensor | None
+    weight_scale: Tensor | None
+    float32_too: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the float weight: (N, K), or (D, C, P, P) for patches."""
+        return tuple(self.weight.shape)
+
+    @property
+    def deployed(self) -> Literal["linear", "patches"]:
+        return "patches" if len(self.shape) == 4 else "linear"
+
+    def describe(self) -> StoredInt8:
+        """How the deployed form is stored."""
+        scheme = {key: getattr(self.scheme, key) for key in self.scheme.__dataclass_fields__}
+        return StoredInt8(shape=self.shape, smooth=self.smooth is not None, **scheme)
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """The input (..., K) that is quantized: divided by `smooth`, in float32, if there is one."""
+        return x if self.smooth is None else x.to(torch.float32) / self.smooth
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the product: int8 codes (M, K) and their scales (M, 1) float32.
+
+        Args:
+            x: the layer's input: (..., K), or images (B, C, H, W) for patches.
+        """
+        tokens = to_patches(x, self.shape[2:])[0] if self.deployed == "patches" else x
+        tokens = self.smoothed(tokens)
+        return quantize_activations(tokens.reshape(-1, tokens.shape[-1]), self.scheme, self.current_input_scale())
+
+    def current_input_scale(self) -> Tensor | None:
+        """The step of static activations, learned or not."""
+        return self.input_scale
+
+    def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., K) to (..., N) in `dtype`."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.weight, self.bias)
+        dtype = output_dtype(x)  # before `smooth` makes it float32
+        if self.deployed == "linear":
+            return self.multiply(self.smoothed(x), dtype)
+        tokens, grid = to_patches(x, self.shape[2:])
+        return to_image(self.multiply(self.smoothed(tokens), dtype), grid)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Scales stay float32, whatever dtype the model is cast to; they follow it to its device."""
+        before = {name: getattr(self, name, None) for name in (*FLOAT32, *self.float32_too)}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = getattr(self, name, None)
+            if isinstance(tensor, Tensor) and not tensor.is_meta and isinstance(now, Tensor) and not now.is_meta:
+                kept = tensor.detach().to(now.device)  # a cast would have rounded it
+                if isinstance(now, nn.Parameter):
+                    now.data = kept
+                else:
+                    setattr(self, name, kept)
+        return self
 
 
-class Int8Patches(nn.Conv2d):
+class _Trainable(IntegerLayer):
+    """A float weight that each forward quantizes anew."""
+
+    log_input_scale: nn.Parameter | None
+    log_weight_scale: nn.Parameter | None
+
+    def share(self, layer: Any, scheme: Scheme) -> None:
+        """Take the parameters of a float layer."""
+        self.scheme = scheme
+        self.weight, self.bias = layer.weight, layer.bias
+        device = layer.weight.device
+        # NaN: not calibrated yet. It shows in every output.
+        static = torch.tensor(torch.nan, device=device) if scheme.activations == "static" else None
+        self.register_buffer("input_scale", static)
+        self.register_buffer("smooth", None)
+        self.register_buffer("weight_scale", None)
+        self.register_parameter("log_input_scale", None)
+        self.register_parameter("log_weight_scale", None)
+        self.train(layer.training)
+
+    @torch.no_grad()
+    def learn_scales(self) -> None:
+        """Make the steps of the weight, and of static activations, parameters, from where they are now."""
+        _, scale = quantize_weight(self.weight.flatten(1), self.scheme, self.weight_scale)
+        self.weight_scale = None
+        self.log_weight_scale = nn.Parameter(scale.log())
+        if self.input_scale is not None:
+            self.log_input_scale = nn.Parameter(self.input_scale.log())
+            self.input_scale = None
+
+    def current_input_scale(self) -> Tensor | None:
+        return self.input_scale if self.log_input_scale is None else self.log_input_scale.exp()
+
+    def current_weight_scale(self) -> Tensor | None:
+        """The weight's given or learned steps."""
+        return self.weight_scale if self.log_weight_scale is None else self.log_weight_scale.exp()
+
+    def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        scales = self.current_input_scale(), self.current_weight_scale()
+        return int8_linear(tokens, self.weight.flatten(1), self.bias, self.scheme, *scales, dtype)
+
+    @torch.no_grad()
+    def to_deployed(self) -> DeployedInt8:
+        """The layer without its float weight."""
+        made = DeployedInt8(self.shape, self.bias is not None, self.scheme, smooth=self.smooth is not None)
+        made = made.to(self.weight.device)
+        codes, scale = quantize_weight(self.weight.flatten(1), self.scheme, self.current_weight_scale())
+        made.weight.copy_(codes.view(self.shape) if self.scheme.weight_bits == 8 else pack(codes))
+        made.weight_scale.copy_(scale)
+        for name, value in (("bias", self.bias), ("smooth", self.smooth), ("input_scale", self.current_input_scale())):
+            if value is not None:
+                getattr(made, name).copy_(value)
+        return made.train(self.training)
+
+
+class Int8Linear(_Trainable, nn.Linear):
+    """`nn.Linear` whose forward, in training and in evaluation, runs on integers. The same parameters by name."""
+
+
+class Int8Patches(_Trainable, nn.Conv2d):
     """A convolution with kernel = stride, as an integer linear layer on patches: each patch is a token."""
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        tokens, grid = to_patches(x_BCHW, self.kernel_size)
-        return to_image(int8_linear(tokens, self.weight.flatten(1), self.bias), grid)
 
-
-class DeployedInt8(nn.Module):
+class DeployedInt8(IntegerLayer):
     """An integer layer without its float weight.
 
-    Buffers: `weight` int8 codes in the shape of the float weight, `weight_scale` (N,) float32, `bias` (N,) float32 or
-    None.
+    Buffers: `weight`, int8 codes in the shape of the float weight (or two 4-bit codes a byte, (N, ceil(K / 2)) uint8);
+    `weight_scale`; `bias` (N,) float32 or None; `smooth` and `input_scale` if it has them.
 
     Args:
-        shape: of the weight: (N, K), or (D, C, P, P) for patches.
+        shape: of the float weight.
         bias: whether there is one.
+        scheme: the arithmetic.
+        smooth: whether inputs are divided by a vector.
     """
 
-    weight: Tensor
     weight_scale: Tensor
-    bias: Tensor | None
+    float32_too = ("bias",)
 
-    def __init__(self, shape: tuple[int, ...], bias: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], bias: bool, scheme: Scheme | None = None, smooth: bool = False) -> None:
         super().__init__()
-        self.deployed: Literal["linear", "patches"] = "patches" if len(shape) == 4 else "linear"
-        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.ones(shape[0], dtype=torch.float32))
-        self.register_buffer("bias", torch.zeros(shape[0], dtype=torch.float32) if bias else None)
+        self.scheme = scheme = Scheme() if scheme is None else scheme
+        self._shape = tuple(shape)
+        rows, inputs = shape[0], self.in_features
+        packed = torch.zeros(rows, (inputs + 1) // 2, dtype=torch.uint8)
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8) if scheme.weight_bits == 8 else packed)
+        scales = (1, 1) if scheme.weights == "tensor" else (rows, scheme.groups(inputs))
+        self.register_buffer("weight_scale", torch.ones(scales))
+        self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.register_buffer("smooth", torch.ones(inputs) if smooth else None)
+        self.register_buffer("input_scale", torch.ones(()) if scheme.activations == "static" else None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self._shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.weight[0].numel()
+        return int(torch.Size(self._shape[1:]).numel())
 
-    @classmethod
-    @torch.no_grad()
-    def of(cls, layer: Int8Linear | Int8Patches) -> DeployedInt8:
-        """The deployed form of a trained layer."""
-        deployed = cls(tuple(layer.weight.shape), layer.bias is not None).to(layer.weight.device)
-        codes, scale = quantize_rows(layer.weight.flatten(1))
-        deployed.weight.copy_(codes.view_as(deployed.weight))
-        deployed.weight_scale.copy_(scale.squeeze(1))
-        if deployed.bias is not None:
-            deployed.bias.copy_(layer.bias)  # type: ignore[arg-type]
-        return deployed.train(layer.training)
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Scales and bias stay float32, whatever dtype the model is cast to; they follow it to its device."""
-        scale, bias = self.weight_scale, self.bias
-        super()._apply(fn, recurse)
-        device = self.weight_scale.device
-        if device.type != "meta" and not scale.is_meta:  # a cast would have rounded them
-            self.weight_scale = scale.to(device)
-            self.bias = None if bias is None else bias.to(device)
+    def to_deployed(self) -> DeployedInt8:
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.deployed == "linear":
-            return int8_linear_codes(x, self.weight, self.weight_scale, self.bias)
-        tokens, grid = to_patches(x, self.weight.shape[2:])
-        return to_image(int8_linear_codes(tokens, self.weight.flatten(1), self.weight_scale, self.bias), grid)
+    def weight_codes(self) -> Tensor:
+        """The weight's codes, (N, K) int8."""
+        return self.weight.flatten(1) if self.scheme.weight_bits == 8 else unpack(self.weight, self.in_features)
+
+    def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = self.weight_codes()
+        return int8_linear_codes(tokens, codes, self.weight_scale, self.bias, self.scheme, self.input_scale, dtype)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, int8"
+        bits = f"W{self.scheme.weight_bits}A{self.scheme.activation_bits}"
+        return f"{self.shape}, bias={self.bias is not None}, {bits}, activations={self.scheme.activations}"
 
 
 def to_patches(x_BCHW: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
@@ -107,7 +239,7 @@ def to_image(x_BMD: Tensor, grid: tuple[int, int]) -> Tensor:
     return x_BMD.transpose(1, 2).unflatten(2, grid)
 
 
-def trainable(layer: nn.Module) -> Int8Linear | Int8Patches:
+def trainable(layer: nn.Module, scheme: Scheme | None = None) -> Int8Linear | Int8Patches:
     """The integer form of a float layer, sharing its parameters."""
     integer: Int8Linear | Int8Patches
     # `meta`: the parameters made here are thrown away at once.
@@ -119,18 +251,18 @@ def trainable(layer: nn.Module) -> Int8Linear | Int8Patches:
         integer = Int8Patches(layer.in_channels, layer.out_channels, patch, patch, bias=bias, device="meta")
     else:
         raise TypeError(f"no integer form of {type(layer).__name__}")
-    integer.weight, integer.bias = layer.weight, layer.bias
-    return integer.train(layer.training)
+    integer.share(layer, Scheme() if scheme is None else scheme)
+    return integer
 
 
-def quantize(model: nn.Module, layers: list[Layer]) -> None:
+def quantize(model: nn.Module, layers: list[Layer], scheme: Scheme | None = None) -> None:
     """Replace float layers by trainable integer ones, in place."""
     for layer in layers:
-        replace(model, layer.name, trainable(layer.module))
+        replace(model, layer.name, trainable(layer.module, scheme))
 
 
 def finalize(model: nn.Module) -> None:
     """Replace trainable integer layers by deployed ones, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Int8Linear, Int8Patches)):
-            replace(model, name, DeployedInt8.of(module))
+            replace(model, name, module.to_deployed())

@@ -1,0 +1,44 @@
+"""How an integer linear layer quantizes its two operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The choices that the arithmetic depends on.
+
+    Args:
+        weight_bits: 8 (codes within +-127) or 4 (+-7).
+        activation_bits: the same of the activations.
+        weights: one scale an output row (`channel`) or one for all (`tensor`).
+        group: inputs that share a weight scale within a row; None: the whole row. The last group may be shorter.
+        activations: one scale a token or one for all tokens, chosen in each forward; or a given one (`static`).
+    """
+
+    weight_bits: Literal[8, 4] = 8
+    activation_bits: Literal[8, 4] = 8
+    weights: Literal["channel", "tensor"] = "channel"
+    group: int | None = None
+    activations: Literal["token", "tensor", "static"] = "token"
+
+    @classmethod
+    def of(cls, described: Any) -> Scheme:
+        """From anything with attributes of these names."""
+        return cls(**{field.name: getattr(described, field.name) for field in fields(cls)})
+
+    @property
+    def largest_weight(self) -> int:
+        """The largest weight code."""
+        return 2 ** (self.weight_bits - 1) - 1
+
+    @property
+    def largest_activation(self) -> int:
+        """The largest activation code."""
+        return 2 ** (self.activation_bits - 1) - 1
+
+    def groups(self, inputs: int) -> int:
+        """Weight scales a row."""
+        return 1 if self.group is None else -(-inputs // self.group)
