@@ -21,6 +21,8 @@ from vit_efficient.recipe.load import load_recipe
 COMMANDS = {
     "fit": "train a variant under a protocol, evaluate it, and keep it all in a run folder",
     "evaluate": "evaluate a trained run, or pretrained weights under a recipe's quantization",
+    "export": "merge adapters into their base: one plain model file",
+    "compare": "hold finished runs of several variants and seeds against each other",
     "prepare": "turn images into the shards that the other commands read; check them",
     "benchmark": "measure the data pipeline on this machine: decoding, loader, plan",
 }
@@ -32,7 +34,7 @@ REQUIRED = (
 OPTIONAL = {  # how to install it, and what for where a recipe can ask for it
     "flash-attn": ("flash-attn --no-build-isolation", "attention=flash2"),
     "deepspeed": ("deepspeed", ""),
-    "torchao": ("torchao", ""),
+    "torchao": ("torchao", "quantization=torchao"),
     "pyarrow": ("pyarrow", "prepare parquet"),
     "s3fs": ("s3fs", "shards at s3://"),
     "onnx": ("onnx", ""),

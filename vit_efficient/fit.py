@@ -101,6 +101,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.engine.rundir import RunDir, write_json
     from vit_efficient.engine.train import train
     from vit_efficient.measure.table import print_result
+    from vit_efficient.model.distill import find_teacher
 
     for line in caveats(recipe, machine):
         console.print(f"[bold]{'note':>13}[/]  {line}", soft_wrap=True)
@@ -118,6 +119,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
             console.print(f"[bold]{'resume':>13}[/]  nothing to go on from: a new run begins")
     else:
         console.print(f"[bold]{'resume':>13}[/]  {checkpoint}")
+    find_teacher(recipe)  # before a base is trained for it
     try:
         base = ensure_base(recipe, machine, console) if has_adapters(recipe) else None
         console.print(f"[bold]{'run':>13}[/]  {run.path}")

@@ -11,8 +11,12 @@ from vit_efficient.recipe import files
 from vit_efficient.recipe.compat import resolve
 from vit_efficient.recipe.load import load_recipe
 
-CLASSES = {"digits": 10, "cifar10": 10, "folder": 3, "tiny_imagenet": 200, "imagenet_vit_l16": 1000}
-TOKENS = {"digits": 16, "cifar10": 64, "folder": 196, "tiny_imagenet": 64, "imagenet_vit_l16": 196}
+CLASSES = {
+    "digits": 10, "cifar10": 10, "cifar10_vit_ti": 10, "folder": 3, "tiny_imagenet": 200, "imagenet_vit_l16": 1000,
+}  # fmt: skip
+TOKENS = {
+    "digits": 16, "cifar10": 64, "cifar10_vit_ti": 196, "folder": 196, "tiny_imagenet": 64, "imagenet_vit_l16": 196,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("protocol", sorted(CLASSES))

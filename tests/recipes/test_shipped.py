@@ -17,10 +17,10 @@ from vit_efficient.recipe.load import dump_recipe, load_recipe
 from vit_efficient.recipe.schema import VARIANT_SECTIONS, Recipe
 from vit_efficient.recipe.shape import all_keys
 
-VARIANTS = ("fp32_sdpa", "int8_sdpa", "int8_flash2", "int4_sdpa", "int4_flash2", "lora_sdpa")
-PROTOCOLS = ("digits", "cifar10", "folder", "tiny_imagenet", "imagenet_vit_l16")
+VARIANTS = ("fp32_sdpa", "int8_sdpa", "int8_flash2", "fp8_sdpa", "int4_sdpa", "int4_flash2", "lora_sdpa")
+PROTOCOLS = ("digits", "cifar10", "cifar10_vit_ti", "folder", "tiny_imagenet", "imagenet_vit_l16")
 PACKAGES = {"bitsandbytes": "0.50.2", "peft": "0.21.2", "flash-attn": "2.8.3"}
-NODE = Machine((Gpu("NVIDIA A100", (8, 0), 40 << 30),) * 8, "580", 128, PACKAGES)
+NODE = Machine((Gpu("NVIDIA H100", (9, 0), 80 << 30),) * 8, "580", 128, PACKAGES)
 FILES = [*files.packaged().glob("*.yaml"), *(files.packaged() / "protocols").glob("*.yaml")]
 
 

@@ -56,10 +56,11 @@ def test_what_this_machine_is() -> None:
 def test_which_variants_run_where() -> None:
     here = rows(variants(A100))
     assert set(here) == set(files.names("variant"))
-    assert all(" yes " in line for line in here.values())
+    assert {name for name, line in here.items() if " yes " not in line} == {"fp8_sdpa"}
+    assert "sm_80" in here["fp8_sdpa"]
     assert "bf16 on the GPU" in here["int8_flash2"]
     old = rows(variants(T4))
-    assert {name for name, line in old.items() if " no " in line} == {"int8_flash2", "int4_flash2"}
+    assert {name for name, line in old.items() if " no " in line} == {"fp8_sdpa", "int8_flash2", "int4_flash2"}
     assert "sm_75" in old["int8_flash2"]
     assert "smaller on a Tesla T4, not faster" in old["int8_sdpa"]
     assert "absent, needed for attention=flash2" in text(machine_table(Machine(cores=2)))

@@ -28,10 +28,17 @@ class Deployed:
     recipe: Recipe
     class_names: list[str]
     parameters: int
+    merged: dict[str, str] | None = None
+    """Where it was merged from, if it was: see `engine.merging`."""
 
 
-def save_deployed(path: Path, model: nn.Module, recipe: Recipe, class_names: list[str]) -> int:
+def save_deployed(
+    path: Path, model: nn.Module, recipe: Recipe, class_names: list[str], *, merged: dict[str, str] | None = None
+) -> int:
     """Write the deployed form of ``model`` (integer codes and scales, packed 4 bits, or floats) and its description.
+
+    Args:
+        merged: where it was merged from, if it was.
 
     Returns:
         The file's size in bytes.
@@ -40,6 +47,7 @@ def save_deployed(path: Path, model: nn.Module, recipe: Recipe, class_names: lis
     description = {
         "recipe": recipe.model_dump_json(),
         "class_names": json.dumps(class_names),
+        **({"merged": json.dumps(merged)} if merged is not None else {}),
         **scheme,
     }
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -73,10 +81,11 @@ def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deploy
         )
     recipe = Recipe.model_validate_json(description.pop("recipe"))
     class_names = json.loads(description.pop("class_names"))
+    merged = json.loads(description.pop("merged", "null"))
     if attention is not None:
         recipe = recipe.model_copy(update={"attention": attention})
     config = recipe.model.model_copy(update={"weights": None})
     model, image, _ = build_plain(config, recipe, len(class_names))
     parameters = sum(p.numel() for p in model.parameters())
     load_deployed(model, tensors, description)
-    return Deployed(model.eval(), image, recipe, class_names, parameters)
+    return Deployed(model.eval(), image, recipe, class_names, parameters, merged)

@@ -12,11 +12,12 @@ from rich.table import Table
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.engine.setup import build_data
 from vit_efficient.engine.trainer import accumulate, quiet, world_size
-from vit_efficient.errors import CapabilityError, DataError, Problem
+from vit_efficient.errors import CapabilityError, DataError, Problem, UserError
 from vit_efficient.machine import Machine
 from vit_efficient.measure.memory import estimate
 from vit_efficient.measure.units import count, size
 from vit_efficient.model.build import build_model, compute_dtype
+from vit_efficient.model.distill import find_teacher
 from vit_efficient.recipe.compat import caveats
 from vit_efficient.recipe.load import dump_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -36,6 +37,11 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
         if not any(p.path == "data.shards" for p in problems):
             reasons.append(str(error))
         steps = "unknown: the data is not there"
+    distilled = getattr(recipe.quantization, "distill", None) is not None
+    try:
+        find_teacher(recipe)
+    except UserError as error:
+        reasons.append(str(error))
     torch.manual_seed(recipe.run.seed)
     table = Table(show_header=False, title="what it comes to", title_justify="left", title_style="bold")
     table.add_column(style="bold")
@@ -72,6 +78,8 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
                 optimizer=recipe.optim.name,
                 average=recipe.optim.ema is not None,
                 checkpointing=recipe.strategy.checkpointing,
+                # taken to be as large as the model itself
+                teacher=built.parameters * compute_dtype(recipe).itemsize if distilled else 0,
             )
             table.add_section()
             for what, number in needed.rows():

@@ -83,6 +83,7 @@ class Monitor(L.Callback):
             "memory/peak_bytes": peak_memory_bytes(pl_module.device),
             "train/epoch": self.loop.position.epoch + self.loop.position.step / pl_module.steps_per_epoch,
         }
+        scalars |= {f"train/loss_{part}": float(loss) for part, loss in pl_module.last_parts.items()}
         if skips:
             scalars["data/skipped_samples"] = skipped
         writer.log_metrics(scalars, step)

@@ -12,6 +12,7 @@ from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine.trainer import devices, world_size
 from vit_efficient.measure.units import count
 from vit_efficient.model.build import Built
+from vit_efficient.model.distill import Teacher
 from vit_efficient.model.module import learning_rate
 from vit_efficient.recipe.schema import Recipe
 
@@ -51,7 +52,9 @@ def class_balance(counts: Sequence[int], names: Sequence[str]) -> str:
     return line + (f": imbalanced {high / max(low, 1):.1f} to 1, see macro F1" if high >= 1.5 * max(low, 1) else "")
 
 
-def describe(console: Console, recipe: Recipe, built: Built, data: ViTDataModule) -> None:
+def describe(
+    console: Console, recipe: Recipe, built: Built, data: ViTDataModule, teacher: Teacher | None = None
+) -> None:
     """Say what is about to be trained, on what."""
     per_node, nodes = devices(recipe)
     rate = learning_rate(recipe.optim, recipe.quantization)
@@ -68,6 +71,8 @@ def describe(console: Console, recipe: Recipe, built: Built, data: ViTDataModule
                       f"{data.steps_per_epoch} steps, batch {recipe.data.batch_size}"),
         ("runs on", where),
     ]  # fmt: skip
+    if teacher is not None:
+        rows.insert(1, ("teacher", str(teacher)))
     for what, text in rows:
         console.print(f"[bold]{what:>13}[/]  {text}", highlight=False, soft_wrap=True)
     for line in built.report.lines():

@@ -17,6 +17,7 @@ from vit_efficient.engine.resume import differing_keys
 from vit_efficient.engine.rundir import MODEL, RunDir
 from vit_efficient.errors import CheckpointError
 from vit_efficient.model.build import build_model, compute_dtype
+from vit_efficient.model.origin import check_same_base
 from vit_efficient.quantization.deploy import deployed_state
 from vit_efficient.recipe.schema import Recipe
 
@@ -32,8 +33,12 @@ class Subject:
     lines: list[str]
 
 
-def find(target: str) -> tuple[Path, Path | None]:
-    """The model file or checkpoint that ``--checkpoint`` means, and its run's recipe if there is one.
+def find(target: str, word: str = "--checkpoint") -> tuple[Path, Path | None]:
+    """The model file or checkpoint that ``--checkpoint`` means, and what holds its recipe: a model file does itself.
+
+    Args:
+        target: a run's folder, its model file, or a checkpoint.
+        word: of the command line that named it, for messages.
 
     Raises:
         CheckpointError: there is nothing to evaluate at that path.
@@ -43,10 +48,12 @@ def find(target: str) -> tuple[Path, Path | None]:
         run = RunDir(path)
         found = run.model if run.finished and run.model.is_file() else run.last_checkpoint()
         if found is None:
-            raise CheckpointError(f"--checkpoint {target}: neither {MODEL} nor a checkpoint is in that folder.")
+            raise CheckpointError(f"{word} {target}: neither {MODEL} nor a checkpoint is in that folder.")
         path = found
     elif not path.is_file():
-        raise CheckpointError(f"--checkpoint {target}: there is no such file or run folder.")
+        raise CheckpointError(f"{word} {target}: there is no such file or run folder.")
+    elif path.suffix == ".safetensors":
+        return path, path
     for folder in (path.parent, path.parent.parent):
         if (recipe := RunDir(folder).recipe).is_file():
             return path, recipe
@@ -57,7 +64,8 @@ def _must_match(saved: Recipe, now: Recipe, path: Path) -> None:
     """What makes the model must agree; data, hardware and attention kernel may differ."""
     owned: Any = {"model": {"name", "image_size", "kwargs"}, "quantization": True}
     a, b = (
-        r.model_dump(mode="json", include=owned, exclude={"quantization": {"precision", "base"}}) for r in (saved, now)
+        r.model_dump(mode="json", include=owned, exclude={"quantization": {"precision", "base", "distill"}})
+        for r in (saved, now)
     )
     if rows := differing_keys(a, b):
         raise CheckpointError(
@@ -80,12 +88,12 @@ def from_checkpoint(path: Path, recipe: Recipe, num_classes: int) -> Subject:
     checkpoint = read_checkpoint(path)
     saved = Recipe.model_validate(checkpoint["vit_efficient"]["recipe"])
     _must_match(saved, recipe, path)
-    base = given_base(saved) if has_adapters(saved) else None
-    if has_adapters(saved) and base is None:
-        raise CheckpointError(f"{path} holds adapters only, and the base that they belong to is gone; train it again.")
+    base = _base_of(checkpoint, saved, recipe, path) if has_adapters(saved) else None
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
     torch.manual_seed(saved.run.seed)
-    built = build_model(plain, num_classes, base=base.weights if base else None)
+    built = build_model(plain, num_classes, base=base)
+    if base is not None:
+        check_same_base(checkpoint.get("base"), built.origin, str(path))
     state = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("metrics.", "transforms."))}
     state |= checkpoint.get("average", {}).get("average", {})
@@ -97,6 +105,26 @@ def from_checkpoint(path: Path, recipe: Recipe, num_classes: int) -> Subject:
     if unexpected or (lost := trained & set(missing)):
         raise CheckpointError(f"{path} does not fit the recipe's model: {[*unexpected, *sorted(lost)][:5]}")
     return _finalized(built.model, recipe, built.image, built.parameters, [f"{path}", *built.report.lines()])
+
+
+def _base_of(checkpoint: dict[str, Any], saved: Recipe, now: Recipe, path: Path) -> str:
+    """Where the base of a checkpoint's adapters is: where the recipe says now, else where it was.
+
+    Raises:
+        CheckpointError: nowhere.
+    """
+    if (named := getattr(now.quantization, "base", None)) is not None:
+        return str(named)
+    recorded = (checkpoint.get("base") or {}).get("source")
+    if recorded is not None and Path(recorded).is_file():
+        return str(recorded)
+    found = given_base(saved)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds adapters only, and their base {recorded or ''} is gone. "
+            "Give it as `quantization.base=`, or train again."
+        )
+    return found.weights
 
 
 def from_weights(recipe: Recipe, num_classes: int) -> Subject:

@@ -24,9 +24,11 @@ from vit_efficient.engine.resume import check_same_recipe
 from vit_efficient.engine.rundir import RunDir, write_json, write_text
 from vit_efficient.engine.setup import build_data, build_transforms, describe
 from vit_efficient.engine.trainer import accumulate, build_trainer, quiet
+from vit_efficient.errors import UserError
 from vit_efficient.machine import Machine, rank
 from vit_efficient.measure.record import environment
 from vit_efficient.model.build import Built, build_model
+from vit_efficient.model.distill import Teacher, build_teacher
 from vit_efficient.model.module import ViTModule, learning_rate
 from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.recipe.load import dump_recipe
@@ -41,7 +43,9 @@ class Result:
     metrics: dict[str, Any]
 
 
-def make_module(recipe: Recipe, built: Built, data: ViTDataModule, transforms: DeviceTransforms) -> ViTModule:
+def make_module(
+    recipe: Recipe, built: Built, data: ViTDataModule, transforms: DeviceTransforms, teacher: Teacher | None = None
+) -> ViTModule:
     """The LightningModule of a recipe, its blocks prepared for training."""
     prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
     return ViTModule(
@@ -53,6 +57,8 @@ def make_module(recipe: Recipe, built: Built, data: ViTDataModule, transforms: D
         steps_per_epoch=data.steps_per_epoch,
         seed=recipe.run.seed,
         adapters_only=getattr(recipe.quantization, "lora", None) is not None,  # the base is frozen and has its own file
+        base=built.origin,
+        teacher=teacher,
     )
 
 
@@ -91,10 +97,16 @@ def train(
     data = build_data(recipe)
     torch.manual_seed(recipe.run.seed)
     built = build_model(recipe, data.num_classes, base=base)
+    if not built.trainable:
+        raise UserError(
+            f"quantization={recipe.quantization.name} leaves nothing to train here. Set quantization.lora, take a "
+            "variant that trains, or measure it without training: `python -m vit_efficient.evaluate`."
+        )
     data.image = built.image
     transforms = build_transforms(recipe, built.image, data.num_classes)
-    describe(console, recipe, built, data)
-    module = make_module(recipe, built, data, transforms)
+    teacher = build_teacher(recipe, built.image, data.num_classes, base=base)
+    describe(console, recipe, built, data, teacher)
+    module = make_module(recipe, built, data, transforms, teacher)
 
     if rank() == 0:
         run.create()

@@ -45,6 +45,10 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Says on CPUs that a kernel of the hub, which is not used, could not be had.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Says of every split in a graph that it is not folded, which would gain nothing.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    # Says that torchao, which peft imports where it is installed, registers something twice.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     for text in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",

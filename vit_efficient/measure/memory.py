@@ -23,10 +23,11 @@ class Estimate:
     optimizer: int
     average: int
     activations: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations + CONTEXT
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.teacher + CONTEXT
 
     def rows(self) -> list[tuple[str, int]]:
         """(what, bytes) for a person to read."""
@@ -36,6 +37,7 @@ class Estimate:
             ("optimizer states", self.optimizer),
             ("moving average", self.average),
             ("activations", self.activations),
+            ("teacher", self.teacher),
             ("CUDA context and workspaces", CONTEXT),
         ]
         return [(what, size) for what, size in rows if size]
@@ -145,6 +147,7 @@ def estimate(
     optimizer: str,
     average: bool,
     checkpointing: bool,
+    teacher: int = 0,
 ) -> Estimate:
     """Estimate one training step of ``model`` (on the CPU, as it will be trained) on one device.
 
@@ -156,6 +159,7 @@ def estimate(
         optimizer: ``adamw`` (two float32 moments) or ``adamw8bit`` (two of one byte, and small scales).
         average: whether a float32 moving average is kept.
         checkpointing: whether blocks are recomputed in the backward pass.
+        teacher: bytes of the weights of a model to learn from.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
@@ -171,4 +175,5 @@ def estimate(
         optimizer=count * (8 if optimizer == "adamw" else 2),
         average=count * 4 if average else 0,
         activations=activations,
+        teacher=teacher,
     )

@@ -40,12 +40,16 @@ class Backbone:
         image: its input.
         notes: what was resized, re-initialised or left at random.
         weights_digest: sha256 of the weight file; None for random initial weights.
+        changes: those of the notes that say how the weights had to be changed to fit.
+        weights_source: the weight file's path, or its name on the hub; None for random initial weights.
     """
 
     model: nn.Module
     image: ImageSpec
     notes: list[str] = field(default_factory=list)
     weights_digest: str | None = None
+    changes: list[str] = field(default_factory=list)
+    weights_source: str | None = None
 
 
 def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Backbone:
@@ -65,8 +69,9 @@ def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Back
     image = _image_spec(model, config)
     if weights is None:
         return Backbone(model, image, ["no weights given: initialised at random"])
-    notes = [f"weights from {weights.source}", *adapt(model, weights.state, weights.source)]
-    return Backbone(model, image, notes, weights.digest)
+    changes = adapt(model, weights.state, weights.source)
+    notes = [f"weights from {weights.source}", *changes]
+    return Backbone(model, image, notes, weights.digest, changes, weights.source)
 
 
 def _known_name(name: str) -> str:

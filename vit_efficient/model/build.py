@@ -9,7 +9,8 @@ from torch import nn
 
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
-from vit_efficient.model.backbone import create_backbone
+from vit_efficient.model.backbone import Backbone, create_backbone
+from vit_efficient.model.origin import Origin
 from vit_efficient.quantization.base import Report
 from vit_efficient.recipe.schema import ModelConfig, Recipe
 
@@ -26,6 +27,8 @@ class Built:
     notes: list[str]
     parameters: int
     """Weights of the float model, before quantization and adapters."""
+    origin: Origin | None = None
+    """The weight file that it began from; None: random initial weights."""
 
     @property
     def trainable(self) -> int:
@@ -46,9 +49,14 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 def build_plain(config: ModelConfig, recipe: Recipe, num_classes: int) -> tuple[nn.Module, ImageSpec, list[str]]:
     """The float model with the recipe's attention: steps one and two of the list."""
+    backbone = _backbone(config, recipe, num_classes)
+    return backbone.model, backbone.image, list(backbone.notes)
+
+
+def _backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Backbone:
     backbone = create_backbone(config, num_classes)
     swap_attention(backbone.model, recipe.attention.build())
-    return backbone.model, backbone.image, list(backbone.notes)
+    return backbone
 
 
 def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) -> Built:
@@ -66,7 +74,12 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
         UserError: unknown model, weights that do not fit, nothing to quantize, a backend that refuses.
     """
     config = recipe.model.model_copy(update={"weights": base}) if base else recipe.model
-    model, image, notes = build_plain(config, recipe, num_classes)
+    backbone = _backbone(config, recipe, num_classes)
+    model = backbone.model
     parameters = sum(p.numel() for p in model.parameters())
     report = recipe.quantization.apply(model, compute_dtype=compute_dtype(recipe))
-    return Built(model, image, report, notes, parameters)
+    origin = None
+    if backbone.weights_digest is not None:
+        assert backbone.weights_source is not None, "a hash is of something"
+        origin = Origin(backbone.weights_source, backbone.weights_digest)
+    return Built(model, backbone.image, report, list(backbone.notes), parameters, origin)

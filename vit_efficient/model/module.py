@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_efficient.data.counter import Domain, hash_int
+from vit_efficient.model.distill import Teacher
 from vit_efficient.model.ema import WeightAverage
 from vit_efficient.model.metrics import ClassificationMetrics
 from vit_efficient.model.optim import build_optimizer, build_schedule
+from vit_efficient.model.origin import Origin, check_same_base
 from vit_efficient.recipe.schema import OptimConfig
 
 Batch = dict[str, Any]
@@ -37,6 +39,8 @@ class ViTModule(L.LightningModule):
         steps_per_epoch: optimizer steps of one epoch, from the manifest.
         seed: with the step, decides dropout and drop path, so that a resumed step repeats them.
         adapters_only: checkpoint the trainable weights alone; the frozen base is rebuilt from its own file.
+        base: that file, with `adapters_only`; its hash goes into every checkpoint.
+        teacher: what the model is to answer like besides the labels.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class ViTModule(L.LightningModule):
         steps_per_epoch: int,
         seed: int = 0,
         adapters_only: bool = False,
+        base: Origin | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -59,11 +65,14 @@ class ViTModule(L.LightningModule):
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self.adapters_only = adapters_only
+        self.base = base
         self.strict_loading = not adapters_only
         self.metrics = ClassificationMetrics(num_classes)
         self.average: WeightAverage | None = None
         self.averaged_weights = ExitStack()
+        self.teacher = teacher
         self.last_loss: Tensor | None = None
+        self.last_parts: dict[str, Tensor] = {}
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -103,9 +112,17 @@ class ViTModule(L.LightningModule):
         torch.manual_seed(hash_int(Domain.DROPOUT, self.seed, batch["step"], batch["micro"]))
         images, targets = self.transforms(batch)
         logits = self.model(images)
+
+        def mean(losses_B: Tensor) -> Tensor:
+            share = (losses_B * batch["weight"]).sum() / batch["count"]
+            return share * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
         losses_B = F.cross_entropy(logits.float(), targets, reduction="none")
-        mean = (losses_B * batch["weight"]).sum() / batch["count"]
-        loss = mean * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+        if self.teacher is not None:
+            soft_B = self.teacher.losses(logits, images)
+            self.last_parts = {"hard": mean(losses_B.detach()), "soft": mean(soft_B.detach())}
+            losses_B = self.teacher.blend(losses_B, soft_B)
+        loss = mean(losses_B)
         self.last_loss = loss.detach()
         return loss
 
@@ -139,11 +156,18 @@ class ViTModule(L.LightningModule):
         if self.adapters_only:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+            checkpoint["base"] = self.base.state() if self.base is not None else None
         if self.average is not None:
             checkpoint["average"] = self.average.state_dict()
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._average_state = checkpoint.get("average")
+        if self.adapters_only:
+            check_same_base(checkpoint.get("base"), self.base, "The checkpoint")
+        if self.teacher is not None:
+            self.teacher.check_same(checkpoint.get("teacher"))
 
     def on_fit_start(self) -> None:
         # Here the optimizer, and with it the average, exists.

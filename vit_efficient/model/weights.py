@@ -52,8 +52,12 @@ def read_weights(spec: str, model_name: str) -> Weights:
     return Weights(load_state(path), source, file_digest(path))
 
 
-def locate(spec: str) -> Path:
+def locate(spec: str, *, key: str = "model.weights") -> Path:
     """The file that a path means: itself, or in a run's folder its final model, or else its newest checkpoint.
+
+    Args:
+        spec: the path.
+        key: the recipe's key that it is the value of, for messages.
 
     Raises:
         CheckpointError: nothing is there.
@@ -63,7 +67,7 @@ def locate(spec: str) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(
-            f"`model.weights` is {spec!r}, and there is no such file or folder. "
+            f"`{key}` is {spec!r}, and there is no such file or folder. "
             "Give a .safetensors or .pth file, a run's folder, or `timm` for pretrained weights of the hub."
         )
     checkpoints = path / "checkpoints"
@@ -73,7 +77,7 @@ def locate(spec: str) -> Path:
         if candidate.is_file():
             return candidate
     raise CheckpointError(
-        f"`model.weights` is the folder {spec}, and it holds neither model.safetensors nor a checkpoint in "
+        f"`{key}` is the folder {spec}, and it holds neither model.safetensors nor a checkpoint in "
         "checkpoints/. Give a run's folder or a weight file."
     )
 

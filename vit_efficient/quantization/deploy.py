@@ -14,7 +14,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vit_efficient.errors import CheckpointError
-from vit_efficient.quantization.stored import ADAPTERS, LAYERS, QuantizedLayer, StoredAdapter, StoredLayer
+from vit_efficient.quantization.int8_attention import describe_attention, prepare_attention
+from vit_efficient.quantization.stored import (
+    ADAPTERS,
+    ATTENTION,
+    LAYERS,
+    QuantizedLayer,
+    StoredAdapter,
+    StoredAttention,
+    StoredLayer,
+)
 from vit_efficient.quantization.surgery import replace
 
 FORMAT = "vit_efficient"
@@ -53,6 +62,7 @@ def deployed_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> tupl
         "version": VERSION,
         "layers": LAYERS.dump_json(layers).decode(),
         "adapters": ADAPTERS.dump_json(adapters).decode(),
+        "attention": ATTENTION.dump_json(describe_attention(model)).decode(),
     }
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata
 
@@ -66,13 +76,14 @@ def load_deployed(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         CheckpointError: not such a file, a later version of it, or one of another model (saying which names differ).
     """
-    layers, adapters = _read(metadata)
+    layers, adapters, attention = _read(metadata)
     names = {name for name, _ in model.named_modules()}
     strangers = sorted({*(name.removesuffix(".base_layer") for name in layers), *adapters} - names)
     if strangers:
         raise CheckpointError(f"The file is of another model: this one has no layer {_listed(strangers)}.")
     for name, layer in layers.items():
         _prepare(model, name, layer, tensors)
+    prepare_attention(model, attention, tensors)
     if adapters:
         from vit_efficient.quantization import lora
 
@@ -96,7 +107,9 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _read(metadata: Mapping[str, str]) -> tuple[dict[str, StoredLayer], dict[str, StoredAdapter]]:
+def _read(
+    metadata: Mapping[str, str],
+) -> tuple[dict[str, StoredLayer], dict[str, StoredAdapter], dict[str, StoredAttention]]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError("The file does not say that it is a deployed model of vit_efficient (`format`).")
     if metadata.get("version") != VERSION:
@@ -104,7 +117,11 @@ def _read(metadata: Mapping[str, str]) -> tuple[dict[str, StoredLayer], dict[str
             f"The file is of version {metadata.get('version')!r}; this program reads version {VERSION}. Update it."
         )
     try:
-        return LAYERS.validate_json(metadata["layers"]), ADAPTERS.validate_json(metadata["adapters"])
+        return (
+            LAYERS.validate_json(metadata["layers"]),
+            ADAPTERS.validate_json(metadata["adapters"]),
+            ATTENTION.validate_json(metadata["attention"]),
+        )
     except (KeyError, ValidationError) as error:
         raise CheckpointError(f"The file's description of its layers cannot be read: {error}") from error
 
@@ -119,6 +136,8 @@ def _prepare(model: nn.Module, name: str, layer: StoredLayer, tensors: Mapping[s
     device = next(model.parameters()).device
     if layer.kind in ("nf4", "fp4"):
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft reads it, and wraps wrongly without it
+    if layer.kind == "bnb_int8":
+        model.is_loaded_in_8bit = True  # type: ignore[assignment]  # the same
     replace(model, name.removesuffix(".base_layer"), layer.build("bias" in own).to(device).train(model.training))
 
 

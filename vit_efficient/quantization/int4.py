@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vit_efficient.config import Config
-from vit_efficient.quantization.base import KEEP, PRECISION, LoraConfig, Precision, Report, precision_refusal
+from vit_efficient.quantization.base import (
+    BUDGET,
+    CRITICAL,
+    DISTILL,
+    KEEP,
+    PRECISION,
+    TRAIN,
+    AutoKeep,
+    DistillConfig,
+    Keep,
+    LoraConfig,
+    Precision,
+    Report,
+    Train,
+    named,
+    needs_adapters,
+    needs_auto,
+    needs_critical,
+    precision_refusal,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,31 +40,50 @@ class Int4Config(Config):
 
     name: Literal["int4"] = "int4"
     precision: Precision = PRECISION
-    keep: tuple[str, ...] = KEEP
+    keep: Keep = KEEP
+    budget: AutoKeep | None = BUDGET
     type: Literal["nf4", "fp4"] = Field("nf4", description="Code book of the 4-bit weights.")
     double_quant: bool = Field(True, description="Quantize the scales too.")
-    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapters, which are what is trained.")
+    lora: LoraConfig | None = Field(
+        default_factory=LoraConfig,
+        description="The adapters, which are what is trained. Unset: none, to quantize a model without training it.",
+    )
     base: str | None = Field(
         None,
         description="Checkpoint, run folder or weight file to quantize. Unset: `model.weights`, "
         "or else the protocol's own fp32 base, trained once.",
     )
+    train: Train = TRAIN
+    critical: tuple[str, ...] = CRITICAL
+    distill: DistillConfig | None = DISTILL
+
+    _budget = field_validator("budget")(needs_auto)
+    _adapters = field_validator("train")(needs_adapters)
+    _critical = field_validator("critical")(needs_critical)
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
         """Quantize the selected layers to 4 bits, freeze everything, and add the adapters, in place.
 
-        Raises:
-            UserError: an entry of `keep` matches nothing, nothing is left to quantize, a convolution is selected, or a
-                role in `lora.targets` matches no layer.
-        """
-        from vit_efficient.quantization import int4_layers, lora, select
+        Layers that `train: critical` names are kept as if `keep` named them, and trained.
 
-        selection = select.select(model, self.keep)
+        Raises:
+            UserError: an entry of `keep` or `critical` matches nothing, nothing is left to quantize or to adapt, a
+                convolution is selected, or a role in `lora.targets` matches no layer.
+        """
+        from vit_efficient.quantization import int4_layers, lora, select, unfreeze
+
+        critical = unfreeze.critical_layers(model, self.critical) if self.train == "critical" else {}
+        kept = [entry for entry in self.critical if critical and entry != unfreeze.NORMS]
+        selection = select.select(model, [*named(self.keep), *kept])
         report = Report.of(self.name, selection)
         int4_layers.quantize(
             model, selection.quantized, type=self.type, double_quant=self.double_quant, compute_dtype=compute_dtype
         )
-        report.adapters.extend(lora.add_adapters(model, self.lora))
+        model.requires_grad_(False)
+        if self.lora is not None:
+            report.adapters.extend(lora.add_adapters(model, self.lora, but=critical))
+            trained = unfreeze.unfreeze_all(model) if self.train == "all" else unfreeze.unfreeze(model, critical)
+            report.trained.extend(trained)
         return report
 
     def finalize(self, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ bit. Legend: B batch, C channels, H and W pixels, D outputs, P patch side, M tok
 
 What a layer may have beside weight and bias, all float32 whatever the model is cast to:
 
+- `shift` (K,): subtracted from the inputs; the bias has what that takes away (Outlier Suppression+, arXiv:2304.09145).
 - `smooth` (K,): inputs are divided by it, and the weight has been multiplied by it (SmoothQuant, arXiv:2211.10438).
 - `input_scale` (): the step of static activations.
 - `weight_scale` (N, G), or (1, 1): given steps of the weight; without them its largest magnitude decides.
@@ -15,12 +16,15 @@ What a layer may have beside weight and bias, all float32 whatever the model is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit_efficient.kernels.int8_linear.op import (
+    dequantize_weight,
     int8_linear,
     int8_linear_codes,
     output_dtype,
@@ -33,7 +37,7 @@ from vit_efficient.quantization.select import Layer, is_patches
 from vit_efficient.quantization.stored import StoredInt8
 from vit_efficient.quantization.surgery import replace
 
-FLOAT32 = ("smooth", "input_scale", "weight_scale", "log_input_scale", "log_weight_scale")
+FLOAT32 = ("shift", "smooth", "input_scale", "weight_scale", "log_input_scale", "log_weight_scale")
 
 
 class IntegerLayer(nn.Module):
@@ -42,6 +46,7 @@ class IntegerLayer(nn.Module):
     scheme: Scheme
     weight: Tensor
     bias: Tensor | None
+    shift: Tensor | None
     smooth: Tensor | None
     input_scale: Tensor | None
     weight_scale: Tensor | None
@@ -59,10 +64,12 @@ class IntegerLayer(nn.Module):
     def describe(self) -> StoredInt8:
         """How the deployed form is stored."""
         scheme = {key: getattr(self.scheme, key) for key in self.scheme.__dataclass_fields__}
-        return StoredInt8(shape=self.shape, smooth=self.smooth is not None, **scheme)
+        return StoredInt8(shape=self.shape, smooth=self.smooth is not None, shift=self.shift is not None, **scheme)
 
     def smoothed(self, x: Tensor) -> Tensor:
-        """The input (..., K) that is quantized: divided by `smooth`, in float32, if there is one."""
+        """The input (..., K) that is quantized: less `shift`, divided by `smooth`, each rounded to float32."""
+        if self.shift is not None:
+            x = x.to(torch.float32) - self.shift
         return x if self.smooth is None else x.to(torch.float32) / self.smooth
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +77,9 @@ class IntegerLayer(nn.Module):
 
         Args:
             x: the layer's input: (..., K), or images (B, C, H, W) for patches.
+
+        Raises:
+            ValueError: its activations are not quantized.
         """
         tokens = to_patches(x, self.shape[2:])[0] if self.deployed == "patches" else x
         tokens = self.smoothed(tokens)
@@ -119,8 +129,9 @@ class _Trainable(IntegerLayer):
         # NaN: not calibrated yet. It shows in every output.
         static = torch.tensor(torch.nan, device=device) if scheme.activations == "static" else None
         self.register_buffer("input_scale", static)
-        self.register_buffer("smooth", None)
-        self.register_buffer("weight_scale", None)
+        for name in ("shift", "smooth", "weight_scale"):
+            self.register_buffer(name, None)
+        self.observing = False
         self.register_parameter("log_input_scale", None)
         self.register_parameter("log_weight_scale", None)
         self.train(layer.training)
@@ -143,18 +154,31 @@ class _Trainable(IntegerLayer):
         return self.weight_scale if self.log_weight_scale is None else self.log_weight_scale.exp()
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.observing:
+            return F.linear(tokens.to(dtype), self.weight.flatten(1).to(dtype), bias_as(self.bias, dtype))
+        if self.scheme.activations == "none":
+            rounded = WeightOnly.apply(self.weight.flatten(1), self.current_weight_scale(), self.scheme)
+            return F.linear(tokens.to(dtype), rounded.to(dtype), bias_as(self.bias, dtype))
         scales = self.current_input_scale(), self.current_weight_scale()
         return int8_linear(tokens, self.weight.flatten(1), self.bias, self.scheme, *scales, dtype)
 
     @torch.no_grad()
     def to_deployed(self) -> DeployedInt8:
         """The layer without its float weight."""
-        made = DeployedInt8(self.shape, self.bias is not None, self.scheme, smooth=self.smooth is not None)
+        made = DeployedInt8(
+            self.shape, self.bias is not None, self.scheme, smooth=self.smooth is not None, shift=self.shift is not None
+        )
         made = made.to(self.weight.device)
         codes, scale = quantize_weight(self.weight.flatten(1), self.scheme, self.current_weight_scale())
         made.weight.copy_(codes.view(self.shape) if self.scheme.weight_bits == 8 else pack(codes))
         made.weight_scale.copy_(scale)
-        for name, value in (("bias", self.bias), ("smooth", self.smooth), ("input_scale", self.current_input_scale())):
+        given = {
+            "bias": self.bias,
+            "shift": self.shift,
+            "smooth": self.smooth,
+            "input_scale": self.current_input_scale(),
+        }
+        for name, value in given.items():
             if value is not None:
                 getattr(made, name).copy_(value)
         return made.train(self.training)
@@ -172,19 +196,27 @@ class DeployedInt8(IntegerLayer):
     """An integer layer without its float weight.
 
     Buffers: `weight`, int8 codes in the shape of the float weight (or two 4-bit codes a byte, (N, ceil(K / 2)) uint8);
-    `weight_scale`; `bias` (N,) float32 or None; `smooth` and `input_scale` if it has them.
+    `weight_scale`; `bias` (N,) float32 or None; `shift`, `smooth` and `input_scale` if it has them.
 
     Args:
         shape: of the float weight.
         bias: whether there is one.
         scheme: the arithmetic.
         smooth: whether inputs are divided by a vector.
+        shift: whether a vector is subtracted from them.
     """
 
     weight_scale: Tensor
     float32_too = ("bias",)
 
-    def __init__(self, shape: tuple[int, ...], bias: bool, scheme: Scheme | None = None, smooth: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        scheme: Scheme | None = None,
+        smooth: bool = False,
+        shift: bool = False,
+    ) -> None:
         super().__init__()
         self.scheme = scheme = Scheme() if scheme is None else scheme
         self._shape = tuple(shape)
@@ -194,6 +226,7 @@ class DeployedInt8(IntegerLayer):
         scales = (1, 1) if scheme.weights == "tensor" else (rows, scheme.groups(inputs))
         self.register_buffer("weight_scale", torch.ones(scales))
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.register_buffer("shift", torch.zeros(inputs) if shift else None)
         self.register_buffer("smooth", torch.ones(inputs) if smooth else None)
         self.register_buffer("input_scale", torch.ones(()) if scheme.activations == "static" else None)
 
@@ -218,11 +251,31 @@ class DeployedInt8(IntegerLayer):
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         codes = self.weight_codes()
+        if self.scheme.activations == "none":
+            weight = dequantize_weight(codes, self.weight_scale, self.scheme, dtype)
+            return F.linear(tokens.to(dtype), weight, bias_as(self.bias, dtype))
         return int8_linear_codes(tokens, codes, self.weight_scale, self.bias, self.scheme, self.input_scale, dtype)
 
     def extra_repr(self) -> str:
         bits = f"W{self.scheme.weight_bits}A{self.scheme.activation_bits}"
         return f"{self.shape}, bias={self.bias is not None}, {bits}, activations={self.scheme.activations}"
+
+
+class WeightOnly(torch.autograd.Function):
+    """The weight as its codes stand for it; gradients pass as if it had not been rounded."""
+
+    @staticmethod
+    def forward(ctx, weight_NK: Tensor, scale_NG: Tensor | None, scheme: Scheme) -> Tensor:  # type: ignore[no-untyped-def]
+        codes_NK, scale_NG = quantize_weight(weight_NK, scheme, scale_NG)
+        return dequantize_weight(codes_NK, scale_NG, scheme, torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad, None, None
+
+
+def bias_as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def to_patches(x_BCHW: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
@@ -255,10 +308,17 @@ def trainable(layer: nn.Module, scheme: Scheme | None = None) -> Int8Linear | In
     return integer
 
 
-def quantize(model: nn.Module, layers: list[Layer], scheme: Scheme | None = None) -> None:
-    """Replace float layers by trainable integer ones, in place."""
+def quantize(model: nn.Module, layers: list[Layer], scheme: Callable[[Layer], Scheme] | None = None) -> None:
+    """Replace float layers by trainable integer ones, in place; `scheme` says how each computes."""
     for layer in layers:
-        replace(model, layer.name, trainable(layer.module, scheme))
+        replace(model, layer.name, trainable(layer.module, None if scheme is None else scheme(layer)))
+
+
+def learn_scales(model: nn.Module) -> None:
+    """Make the steps of all integer layers parameters, in place. A static one that is not calibrated yet is NaN."""
+    for module in model.modules():
+        if isinstance(module, (Int8Linear, Int8Patches)):
+            module.learn_scales()
 
 
 def finalize(model: nn.Module) -> None:

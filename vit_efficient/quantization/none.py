@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from vit_efficient.config import Config
-from vit_efficient.quantization.base import PRECISION, LoraConfig, Precision, Report, precision_refusal
+from vit_efficient.quantization.base import (
+    CRITICAL,
+    DISTILL,
+    PRECISION,
+    TRAIN,
+    DistillConfig,
+    LoraConfig,
+    Precision,
+    Report,
+    Train,
+    needs_adapters,
+    needs_critical,
+    precision_refusal,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,26 +40,32 @@ class NoneConfig(Config):
         description="Checkpoint, run folder or weight file that the adapters start from. Unset: `model.weights`, "
         "or else the protocol's own fp32 base, trained once.",
     )
+    train: Train = TRAIN
+    critical: tuple[str, ...] = CRITICAL
+    distill: DistillConfig | None = DISTILL
 
-    @field_validator("base")
-    @classmethod
-    def _needs_adapters(cls, base: str | None, info: ValidationInfo) -> str | None:
-        if base is not None and info.data.get("lora") is None:
-            raise ValueError("is for adapters, and quantization.lora is unset; to train from weights set model.weights")
-        return base
+    _adapters = field_validator("base", "train")(needs_adapters)
+    _critical = field_validator("critical")(needs_critical)
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
         """Without `lora`, nothing. With it: freeze the model, its linear layers in `compute_dtype`, and add adapters.
 
+        What `train` unfreezes besides stays in float32.
+
         Raises:
-            UserError: a role in `lora.targets` matches no layer.
+            UserError: a role in `lora.targets` or an entry of `critical` matches no layer, or no layer is left for an
+                adapter.
         """
         if self.lora is None:
             return Report(self.name)
-        from vit_efficient.quantization import lora
+        from vit_efficient.quantization import lora, unfreeze
 
-        lora.freeze(model, compute_dtype)
-        return Report(self.name, adapters=lora.add_adapters(model, self.lora))
+        critical = unfreeze.critical_layers(model, self.critical) if self.train == "critical" else {}
+        if self.train != "all":
+            lora.store_in(model, compute_dtype, but=critical)
+        adapters = lora.add_adapters(model, self.lora, but=critical)
+        trained = unfreeze.unfreeze_all(model) if self.train == "all" else unfreeze.unfreeze(model, critical)
+        return Report(self.name, adapters=adapters, trained=trained)
 
     def finalize(self, model: nn.Module) -> None:
         """Nothing: the model as it is trained is the model as it is deployed; adapters stay apart."""

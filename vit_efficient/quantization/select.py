@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from vit_efficient.errors import UserError
+from vit_efficient.quantization.base import named
 
 Role = Literal["qkv", "proj", "fc1", "fc2", "patch_embed", "head", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -145,12 +146,12 @@ def select(model: nn.Module, keep: Sequence[str]) -> Selection:
     """Divide the layers of `model` into those to quantize and those that `keep` names.
 
     Raises:
-        UserError: an entry of `keep` matches nothing; nothing is left to quantize; an attention module computes its
-            projection without calling the layer, so quantizing it would have no effect.
+        UserError: `keep` is still `auto`; an entry of it matches nothing; nothing is left to quantize; an attention
+            module computes its projection without calling the layer, so quantizing it would have no effect.
     """
     layers = find_layers(model)
     reasons = {layer.name: "other" for layer in layers if layer.role == "other"}
-    for entry in keep:
+    for entry in named(keep):
         found = matching(layers, entry)
         if not found and entry not in OPTIONAL:
             raise UserError(f"quantization.keep: {entry!r} matches no layer of this model.\n{vocabulary(layers)}")

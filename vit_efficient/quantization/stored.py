@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter
 from torch import Tensor
 
 from vit_efficient.config import Config
+from vit_efficient.quantization.torchao import TorchaoBits, TorchaoScheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,8 +70,9 @@ class StoredInt8(Stored):
     activation_bits: Literal[8, 4] = 8
     weights: Literal["channel", "tensor"] = "channel"
     group: PositiveInt | None = None
-    activations: Literal["token", "tensor", "static"] = "token"
+    activations: Literal["token", "tensor", "static", "none"] = "token"
     smooth: bool = False
+    shift: bool = False
 
     def check(self, tensors: Mapping[str, Tensor]) -> str | None:
         import torch
@@ -87,7 +89,7 @@ class StoredInt8(Stored):
         from vit_efficient.kernels.int8_linear.scheme import Scheme
         from vit_efficient.quantization.int8_layers import DeployedInt8
 
-        return DeployedInt8(self.shape, bias, Scheme.of(self), smooth=self.smooth)
+        return DeployedInt8(self.shape, bias, Scheme.of(self), smooth=self.smooth, shift=self.shift)
 
 
 class StoredBnb4(Stored):
@@ -113,6 +115,87 @@ class StoredBnb4(Stored):
         )  # fmt: skip
 
 
+class StoredBnb8(Stored):
+    """bitsandbytes' int8 (`bnb_int8_layers.FrozenLinear8bit`)."""
+
+    kind: Literal["bnb_int8"] = "bnb_int8"
+    threshold: float = Field(6.0, ge=0)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> str | None:
+        import torch
+
+        return expected(tensors, weight=(torch.int8, self.size), SCB=(torch.float32, self.shape[0]))
+
+    def build(self, bias: bool) -> nn.Module:
+        from vit_efficient.quantization.bnb_int8_layers import FrozenLinear8bit
+
+        return FrozenLinear8bit.empty(self.shape, bias, threshold=self.threshold)  # type: ignore[arg-type]
+
+
+class StoredFp8(Stored):
+    """e4m3 codes and scales (`fp8_layers.DeployedFp8`)."""
+
+    kind: Literal["fp8"] = "fp8"
+    weights: Literal["channel", "tensor"] = "channel"
+    activations: Literal["token", "tensor"] = "token"
+    accumulation: Literal["full", "fast"] = "full"
+
+    def check(self, tensors: Mapping[str, Tensor]) -> str | None:
+        import torch
+
+        scales = self.shape[0] if self.weights == "channel" else 1
+        return expected(tensors, weight=(torch.float8_e4m3fn, self.size), weight_scale=(torch.float32, scales))
+
+    def build(self, bias: bool) -> nn.Module:
+        from vit_efficient.kernels.fp8_linear.reference import Scheme
+        from vit_efficient.quantization.fp8_layers import DeployedFp8
+
+        return DeployedFp8(self.shape, bias, Scheme.of(self))
+
+
+class StoredTorchao(Stored):
+    """The plain tensors that one of torchao's is made of (`torchao_layers.TorchaoLinear`).
+
+    `bits` and `group` belong to the intx schemes, where no group means the whole row.
+    """
+
+    kind: Literal["torchao"] = "torchao"
+    scheme: TorchaoScheme
+    bits: TorchaoBits | None = None
+    group: PositiveInt | None = None
+
+    def check(self, tensors: Mapping[str, Tensor]) -> str | None:
+        codes = tensors.get("weight.qdata")
+        if codes is None or codes.numel() != self.size or len(self.shape) != 2:
+            return f"weight.qdata is not there, or not of {self.size:,} elements"
+        wanted = self.build(False).state_dict()
+        return expected(tensors, **{name: (tensor.dtype, tensor.numel()) for name, tensor in wanted.items()})
+
+    def build(self, bias: bool) -> nn.Module:
+        from vit_efficient.quantization.torchao_layers import TorchaoLinear
+
+        return TorchaoLinear.empty(self, bias)
+
+
+class StoredAttention(Config):
+    """Integer attention (`int8_attention.Int8Attend`), by the name of the attention module."""
+
+    mode: Literal["dynamic", "static"]
+    granularity: Literal["token", "tensor"] = "token"
+
+    def check(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with its tensors (`q_scale`, `k_scale`, `v_scale`, of the static form only); or None."""
+        import torch
+
+        if self.mode == "dynamic":
+            return None
+        names = ("q_scale", "k_scale", "v_scale")
+        if problem := expected(tensors, **dict.fromkeys(names, (torch.float32, 1))):
+            return problem
+        bad = [name for name in names if not (tensors[name].isfinite() & (tensors[name] > 0)).all()]
+        return f"{bad[0]} is {tensors[bad[0]].item():g}, not a number above 0" if bad else None
+
+
 class StoredAdapter(Config):
     """A low-rank adapter: its output is scaled by alpha / rank, or by alpha / sqrt(rank) with rsLoRA."""
 
@@ -122,6 +205,7 @@ class StoredAdapter(Config):
     rslora: bool = False
 
 
-StoredLayer = Annotated[StoredInt8 | StoredBnb4, Field(discriminator="kind")]
+StoredLayer = Annotated[StoredInt8 | StoredBnb4 | StoredBnb8 | StoredFp8 | StoredTorchao, Field(discriminator="kind")]
 LAYERS: TypeAdapter[dict[str, StoredLayer]] = TypeAdapter(dict[str, StoredLayer])
 ADAPTERS = TypeAdapter(dict[str, StoredAdapter])
+ATTENTION = TypeAdapter(dict[str, StoredAttention])

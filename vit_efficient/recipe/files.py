@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from vit_efficient.errors import Problem, RecipeError
 from vit_efficient.recipe.schema import PROTOCOL_SECTIONS
 from vit_efficient.recipe.yaml12 import YamlError, parse
 
 Kind = Literal["variant", "protocol"]
+RESOLVED = "resolved"  # the marker of a complete file; its value is the version of that format
+VERSION = 1
+MODEL_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def _not_found(kind: Kind, text: str, is_name: bool) -> Problem:
 
 
 def read(path: Path) -> Document:
-    """Read one recipe file.
+    """Read one recipe file, or the recipe that a model file carries in its header.
 
     Raises:
         RecipeError: with one problem, where it cannot be read or is not a YAML mapping with text keys.
@@ -100,6 +106,19 @@ def read(path: Path) -> Document:
 
     def wrong(message: str, line: int | None = None) -> RecipeError:
         return RecipeError([Problem("", message, show(path) + (f":{line}" if line else ""))])
+
+    if path.suffix == MODEL_SUFFIX and path.is_file():
+        try:
+            with safe_open(path, framework="np") as file:
+                inside = (file.metadata() or {}).get("recipe")
+        except (SafetensorError, OSError) as error:
+            raise wrong(f"is damaged, or no safetensors file: {error}") from None
+        if inside is None:
+            raise wrong("holds weights and no recipe: name a recipe, and give this file as `model.weights=`")
+        try:
+            return Document(path, {RESOLVED: VERSION, **json.loads(inside)}, {})
+        except (json.JSONDecodeError, TypeError) as error:
+            raise wrong(f"carries a recipe that cannot be read: {error}") from None
 
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.yaml"))

@@ -12,14 +12,12 @@ from pydantic import ValidationError
 
 from vit_efficient.errors import Problem, RecipeError
 from vit_efficient.recipe import explain, files
-from vit_efficient.recipe.files import Document
+from vit_efficient.recipe.files import RESOLVED, VERSION, Document
 from vit_efficient.recipe.merge import COMMAND_LINE, Layer, apply, dotted, fill_names, flatten, nest, read_overrides
 from vit_efficient.recipe.schema import PROTOCOL_SECTIONS, VARIANT_SECTIONS, Recipe
 from vit_efficient.recipe.shape import section_at
 from vit_efficient.recipe.yaml12 import dump
 
-RESOLVED = "resolved"  # the marker of a complete file; its value is the version of that format
-VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ class Scheme:
         activation_bits: the same of the activations.
         weights: one scale an output row (`channel`) or one for all (`tensor`).
         group: inputs that share a weight scale within a row; None: the whole row. The last group may be shorter.
-        activations: one scale a token or one for all tokens, chosen in each forward; or a given one (`static`).
+        activations: one scale a token or one for all tokens, chosen in each forward; or a given one (`static`); or
+            not quantized at all (`none`: the product is in floating point, on the dequantized weight).
     """
 
     weight_bits: Literal[8, 4] = 8
     activation_bits: Literal[8, 4] = 8
     weights: Literal["channel", "tensor"] = "channel"
     group: int | None = None
-    activations: Literal["token", "tensor", "static"] = "token"
+    activations: Literal["token", "tensor", "static", "none"] = "token"
 
     @classmethod
     def of(cls, described: Any) -> Scheme:

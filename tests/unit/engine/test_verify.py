@@ -1,0 +1,190 @@
+"""`run_verify`: sound backends pass, and a fault is found in the layer that has it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from vit_efficient.data.image import ImageSpec
+from vit_efficient.engine import backends
+from vit_efficient.engine.backends import Backend, definition, integer_layers, observe, substituted
+from vit_efficient.engine.tally import Tally, VerifyResult
+from vit_efficient.engine.verify import run_verify
+from vit_efficient.errors import UserError
+from vit_efficient.kernels.int8_linear import op, reference
+from vit_efficient.quantization.int8_layers import DeployedInt8
+
+Make = Callable[..., nn.Module]
+IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9)
+OWN = "torch._int_mm" if op.cpu_int_mm_is_exact() else "float32 sums"
+
+
+def batches(count: int = 2) -> list[Tensor]:
+    return list(torch.randn(count, 3, 3, 32, 32, generator=torch.Generator().manual_seed(7)).unbind())
+
+
+def verify(model: nn.Module, images: list[Tensor] | None = None) -> tuple[VerifyResult, str]:
+    console = Console(file=io.StringIO(), width=160)
+    result = run_verify(model, IMAGE, batches() if images is None else images, console)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scheme", ["W8A8 token", "W8A8 tensor", "W8A8 static", "W4A8 groups", "W4A4"])
+def test_every_scheme_keeps_the_bounds(integer_model: Make, scheme: str) -> None:
+    model = integer_model(scheme)
+    result, printed = verify(model)
+    assert result.ok
+    assert list(result.layers[OWN]) == list(integer_layers(model))
+    for layer, tally in result.layers[OWN].items():
+        assert tally.total > 0
+        assert tally.digests() == result.layers["reference"][layer].digests()
+        assert printed.count(tally.digests()) == 2
+    assert result.logits[OWN] == 0
+    assert result.bf16[OWN] == (1.0, 0.0)
+    assert 0 < result.bf16["fp32"][1] < 0.2
+    assert f"verified: reference, {OWN} keep" in printed
+    assert "onnx: absent" in printed
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_the_bounds(integer_model: Make) -> None:
+    result, _ = verify(integer_model("all").cuda())
+    assert result.ok
+    assert "torch._int_mm" in result.layers
+
+
+def floor_rows(x: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
+    _, scale = reference.quantize_rows(x, largest)
+    return (x / scale).floor().to(torch.int8), scale
+
+
+def inject(layer: DeployedInt8, *, rows: Any = reference.quantize_rows, matmul: Any = reference.int8_matmul) -> None:
+    """Give one layer another arithmetic."""
+
+    def multiply(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        q_MK, scale_M1 = rows(tokens.reshape(-1, tokens.shape[-1]))
+        sums = matmul(q_MK, layer.weight_codes())
+        y = reference.epilogue(sums, scale_M1, layer.weight_scale.reshape(-1), layer.bias, dtype)
+        return y.view(*tokens.shape[:-1], -1)
+
+    layer.multiply = multiply  # type: ignore[method-assign]
+
+
+def test_another_rounding_in_one_layer_is_caught_and_named(integer_model: Make) -> None:
+    model = integer_model(depth=3)
+    inject(model.blocks[1].mlp.fc1)  # type: ignore[union-attr, index, arg-type]
+    assert verify(model)[0].ok  # the same arithmetic in other words
+    inject(model.blocks[1].mlp.fc1, rows=floor_rows)  # type: ignore[union-attr, index, arg-type]
+    result, printed = verify(model)
+    assert not result.ok
+    backend, layer, reason = result.failures[0]
+    assert (backend, layer) == (OWN, "blocks.1.mlp.fc1")
+    assert {name for _, name, _ in result.failures} == {"blocks.1.mlp.fc1", "logits"}  # and no layer behind it
+    assert "must be" in reason
+    assert f"broken: {OWN}, blocks.1.mlp.fc1" in printed
+    assert "verified" not in printed
+    digests = [[t.digests() for t in result.layers[name].values()] for name in ("reference", OWN)]
+    first = next(i for i, (a, b) in enumerate(zip(*digests, strict=True)) if a != b)
+    assert list(result.layers[OWN])[first] == "blocks.1.mlp.fc1"
+
+
+def test_another_rounding_everywhere_is_caught(integer_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = integer_model()
+    monkeypatch.setattr(op, "quantize_rows", floor_rows)
+    result, _ = verify(model)
+    assert {layer for _, layer, _ in result.failures} >= set(integer_layers(model))
+    assert result.failures[0][1] == next(iter(integer_layers(model)))
+    assert result.layers[OWN]["blocks.0.attn.qkv"].share < 0.9
+
+
+def off_by_one(q_MK: Tensor, q_NK: Tensor) -> Tensor:
+    return reference.int8_matmul(q_MK, q_NK) + 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_product_that_is_wrong_is_caught(integer_model: Make, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+    """Its codes are right, and so are the next layer's from what it made: only outputs tell."""
+    sound = Backend(True, lambda device: None, substituted(reference.int8_matmul))
+    monkeypatch.setitem(backends.BACKENDS, "sound", sound)
+    assert verify(integer_model())[0].ok
+    monkeypatch.setitem(backends.BACKENDS, "new", Backend(exact, lambda device: None, substituted(off_by_one)))
+    result, printed = verify(integer_model())
+    assert {backend for backend, _, _ in result.failures} == {"new"}
+    assert result.layers["new"]["blocks.0.attn.qkv"].share == 1
+    assert "outputs differ" in printed
+
+
+def test_a_backend_that_cannot_run_is_named_with_its_reason(
+    integer_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = Backend(False, lambda device: f"needs a GPU, and this is {device}", substituted(off_by_one))
+    monkeypatch.setitem(backends.BACKENDS, "new", absent)
+    result, printed = verify(integer_model())
+    assert result.ok
+    assert "new: absent, needs a GPU, and this is cpu" in printed
+
+
+def tally(total: int, wrong: int, by: int) -> Tally:
+    codes = torch.zeros(1, total, dtype=torch.int8)
+    codes[0, :wrong] = by
+    counted, y = Tally(), torch.ones(1, 4)
+    counted.add(codes, y, torch.zeros_like(codes), y, codes)
+    return counted
+
+
+def test_bounds() -> None:
+    assert tally(10_000, 1, 1).breach(exact=False) is None
+    assert "99.9900 % of the codes" in (tally(10_000, 1, 1).breach(exact=True) or "")
+    assert "99.9800 %" in (tally(10_000, 2, 1).breach(exact=False) or "")
+    assert "largest difference 2" in (tally(20_000, 1, 2).breach(exact=False) or "")
+    assert tally(100, 0, 0).breach(exact=True) is None
+    other = tally(100, 0, 0)
+    zeros, y = torch.zeros(1, 1, dtype=torch.int8), torch.ones(1, 4)
+    other.add(zeros, y * (1 + 1e-6), zeros, y, zeros)
+    assert other.breach(exact=False) is None
+    assert "must be equal" in (other.breach(exact=True) or "")
+    other.add(zeros, y * torch.nan, zeros, y, zeros)
+    assert "outputs differ" in (other.breach(exact=False) or "")
+
+
+def test_the_codes_seen_are_those_of_the_product(integer_model: Make) -> None:
+    model = integer_model("W4A8 groups")
+    seen = []
+    observe(model, batches(1)[0], backends.BACKENDS[OWN], seen.append)
+    assert [one.name for one in seen] == list(integer_layers(model))
+    for one in seen:
+        codes, y = definition(one.layer, one.x, one.y.dtype)
+        assert torch.equal(one.codes, codes)
+        assert torch.equal(one.y, y)
+    assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in integer_layers(model).values())
+
+
+def test_what_a_half_precision_run_ships_is_verified_too(integer_model: Make) -> None:
+    model = integer_model()
+    model.head.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+    assert verify(model)[0].ok
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        ([], "no images"),
+        ([torch.zeros(2, 3, 16, 16)], r"\(2, 3, 16, 16\), not \(B, 3, 32, 32\)"),
+        ([torch.full((1, 3, 32, 32), torch.nan)], "NaN"),
+    ],
+)
+def test_images_that_are_refused(integer_model: Make, images: list[Tensor], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        verify(integer_model(), images)
+
+
+def test_a_model_without_integer_products_is_refused(integer_model: Make) -> None:
+    for model in (nn.Linear(3, 3), integer_model("W4")):
+        with pytest.raises(UserError, match="no layer that multiplies integers"):
+            verify(model)

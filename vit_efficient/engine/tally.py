@@ -1,0 +1,124 @@
+"""What `verify` counts of each backend at each layer, the bounds, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFERENCE, ONNX = "reference", "onnx"
+SHARE, OFF_BY, OUTPUT = 0.9999, 1, 1e-5
+BF16_LOGITS = 1e-2
+SHOWN = 8  # hexadecimal digits of a digest
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Norm of the difference, relative to that of the reference."""
+    norm = float(reference.norm())
+    return float((value - reference).norm()) / (norm or 1.0)
+
+
+def worst(a: float, b: float) -> float:
+    """The larger of two differences; NaN, which `max` may lose, is worse than any."""
+    return a if a != a or b <= a else b
+
+
+@dataclass
+class Tally:
+    """One backend at one layer, over all batches."""
+
+    codes: Any = field(default_factory=sha256)
+    outputs: Any = field(default_factory=sha256)
+    total: int = 0
+    equal: int = 0
+    largest: int = 0
+    """Largest difference of a code from the definition's on the same input."""
+    running: int = 0
+    """Codes equal to those of the reference's own run, where inputs may differ already."""
+    output: float = 0.0
+    """Largest relative difference of a batch's outputs from the definition's on the same input."""
+    identical: bool = True
+
+    def add(self, codes: Tensor, y: Tensor, defined_codes: Tensor, defined_y: Tensor, run_codes: Tensor) -> None:
+        """Take in one batch."""
+        codes, y = codes.cpu().contiguous(), y.to(torch.float32).cpu().contiguous()
+        defined_codes, defined_y = defined_codes.cpu(), defined_y.to(torch.float32).cpu()
+        self.codes.update(codes.numpy().tobytes())
+        self.outputs.update(y.numpy().tobytes())
+        off = (codes.to(torch.int16) - defined_codes.to(torch.int16)).abs()
+        self.total += off.numel()
+        self.equal += int((off == 0).sum())
+        self.largest = max(self.largest, int(off.max()))
+        self.running += int((codes == run_codes).sum())
+        self.identical = self.identical and torch.equal(y, defined_y)
+        self.output = worst(self.output, relative(y, defined_y))
+
+    @property
+    def share(self) -> float:
+        """Of codes that equal the definition's."""
+        return self.equal / max(1, self.total)
+
+    def digests(self) -> str:
+        """Of the codes and of the outputs, shortened."""
+        return f"{self.codes.hexdigest()[:SHOWN]} {self.outputs.hexdigest()[:SHOWN]}"
+
+    def breach(self, exact: bool) -> str | None:
+        """What breaks the bound, or None."""
+        codes = f"{100 * self.share:.4f} % of the codes equal, largest difference {self.largest}"
+        if exact:
+            if self.equal < self.total:
+                return f"{codes}; it must be all"
+            return None if self.identical else f"outputs differ by {self.output:.1e} of their norm; they must be equal"
+        if self.share < SHARE or self.largest > OFF_BY:
+            return f"{codes}; the bound is {100 * SHARE:.2f} % and {OFF_BY}"
+        if not self.output <= OUTPUT:
+            return f"outputs differ by {self.output:.1e} of their norm; the bound is {OUTPUT:.0e}"
+        return None
+
+
+@dataclass
+class VerifyResult:
+    """What was compared and what came of it.
+
+    Args:
+        layers: by backend, then by layer in the order of the forward.
+        absent: backends that could not run, and why.
+        logits: by backend, the relative difference of the logits from the reference's run.
+        bf16: likewise under bf16 autocast, with the share of equal codes; `fp32` stands for the reference in fp32.
+        failures: (backend, layer or ``logits``, what is wrong), the first layer of the forward first.
+    """
+
+    layers: dict[str, dict[str, Tally]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    logits: dict[str, float] = field(default_factory=dict)
+    bf16: dict[str, tuple[float, float]] = field(default_factory=dict)
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every backend that ran keeps its bound."""
+        return not self.failures
+
+
+def judge(result: VerifyResult, exact: dict[str, bool]) -> None:
+    """Fill in the failures.
+
+    Args:
+        result: counts of all backends.
+        exact: by backend, whether it must equal the definition bit for bit.
+    """
+    order = list(result.layers[REFERENCE])
+    for layer in order:
+        for name, tallies in result.layers.items():
+            if name != REFERENCE and (reason := tallies[layer].breach(exact[name])):
+                result.failures.append((name, layer, reason))
+    for name, difference in result.logits.items():
+        if exact[name] and difference != 0:
+            result.failures.append((name, "logits", f"differ by {difference:.1e} of their norm; they must be equal"))
+    for name, (_, difference) in result.bf16.items():
+        if name != "fp32" and not difference <= BF16_LOGITS:
+            reason = f"under bf16 differ by {difference:.1e} of their norm; the bound is {BF16_LOGITS:.0e}"
+            result.failures.append((name, "logits", reason))

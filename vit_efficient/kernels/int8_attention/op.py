@@ -1,0 +1,113 @@
+"""Mixed-precision attention as it is trained: the definition's forward, with its straight-through gradient.
+
+Shapes: B batch, H heads, N queries, M keys, E width of queries and keys, F width of values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit_efficient.kernels.int8_attention.reference import Granularity, Scales, int8_matmul, logits, quantize, softmax
+from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE, dequantize_rows
+
+
+class _Int8Attention(torch.autograd.Function):
+    """Forward on integers; backward as if float attention had been given the dequantized operands (straight-through).
+
+    A value beyond a calibrated range has no gradient. Keeps codes and scales for the backward, which computes the
+    attention weights again.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        q_BHNE: Tensor,
+        k_BHME: Tensor,
+        v_BHMF: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        dropped: Tensor | None,
+        scale: float,
+        granularity: Granularity,
+        dtype: torch.dtype,
+        *given: Tensor | None,
+    ) -> Tensor:
+        operands = (q_BHNE, k_BHME, v_BHMF)
+        quantized = [quantize(x, granularity, s) for x, s in zip(operands, given, strict=True)]
+        (q, q_scale), (k, k_scale), (v, v_scale) = quantized
+        p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
+        with torch.autocast(p_BHNM.device.type, enabled=False):
+            y_BHNF = _drop(p_BHNM, dropped) @ dequantize_rows(v, v_scale)
+        beyond = [None if s is None else _beyond(x, s) for x, s in zip(operands, given, strict=True)]
+        ctx.save_for_backward(*(part for pair in quantized for part in pair), *beyond, bias, mask, dropped)
+        ctx.scale, ctx.dtypes = scale, [x.dtype for x in operands]
+        return y_BHNF.to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        q, q_scale, k, k_scale, v, v_scale, *beyond, bias, mask, dropped = ctx.saved_tensors
+        p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, ctx.scale, bias, mask))
+        with torch.autocast(grad.device.type, enabled=False):
+            g_BHNF = grad.to(torch.float32)
+            grad_v = _drop(p_BHNM, dropped).mT @ g_BHNF
+            grad_p = _drop(g_BHNF @ dequantize_rows(v, v_scale).mT, dropped)
+            grad_s = p_BHNM * (grad_p - (grad_p * p_BHNM).sum(dim=-1, keepdim=True))
+            grad_q = grad_s @ dequantize_rows(k, k_scale) * ctx.scale
+            grad_k = grad_s.mT @ dequantize_rows(q, q_scale) * ctx.scale
+        grads = [
+            (one if out is None else one.masked_fill(out, 0)).to(dtype)
+            for one, out, dtype in zip((grad_q, grad_k, grad_v), beyond, ctx.dtypes, strict=True)
+        ]
+        grad_bias = grad_s.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[3] else None
+        return (*grads, grad_bias, *(None,) * 8)
+
+
+def _beyond(x: Tensor, scale: Tensor) -> Tensor:
+    """Where a calibrated scale makes a value saturate."""
+    return x.to(torch.float32).abs() / scale > LARGEST_CODE
+
+
+def _drop(p_BHNM: Tensor, factor_BHNM: Tensor | None) -> Tensor:
+    return p_BHNM if factor_BHNM is None else p_BHNM * factor_BHNM
+
+
+def int8_attention(
+    q_BHNE: Tensor,
+    k_BHME: Tensor,
+    v_BHMF: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float,
+    dropout: float = 0.0,
+    granularity: Granularity = "token",
+    scales: Scales | None = None,
+) -> Tensor:
+    """`reference.int8_attention`, differentiable in queries, keys, values and bias.
+
+    Integers, scales, softmax and both products do not depend on autocast, which decides the output's dtype only.
+
+    Args:
+        q_BHNE: queries, floating point; strided views are welcome.
+        k_BHME: keys.
+        v_BHMF: values.
+        bias: added to the scaled logits; broadcasts to (B, H, N, M).
+        mask: True where a query may look at a key; broadcasts likewise.
+        scale: factor on the logits.
+        dropout: probability of dropping an attention weight; the others grow by 1 / (1 - dropout).
+        granularity: of scales that are chosen in each forward: one a token and head, or one a tensor.
+        scales: calibrated ones of queries, keys and values, each one positive float32, in place of those.
+
+    Returns:
+        (B, H, N, F), in autocast's dtype if autocast is on, else in that of the values.
+    """
+    dropped = None
+    if dropout > 0:
+        shape = (*q_BHNE.shape[:-1], k_BHME.shape[-2])
+        dropped = F.dropout(torch.ones(shape, device=q_BHNE.device), dropout)
+    dtype = output_dtype(v_BHMF)
+    given = (None, None, None) if scales is None else scales
+    return _Int8Attention.apply(q_BHNE, k_BHME, v_BHMF, bias, mask, dropped, scale, granularity, dtype, *given)

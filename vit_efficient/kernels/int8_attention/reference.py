@@ -1,0 +1,147 @@
+"""Mixed-precision attention in plain PyTorch: this file is the definition, every faster form must equal it.
+
+After the QAttn paper (Kluska et al., CVPR workshops 2024), equations 15 to 18: queries, keys and values are quantized
+to int8; the product of queries and keys is exact in integers; softmax and the product with the values are floating
+point. One departure, as in `int8_linear`: scales are ``amax / 127`` and codes stay within +-127.
+
+The one order of operations; every step is rounded to float32:
+
+1. ``q, k, v`` to float32, then to codes and scales: one scale a token and head (`quantize_rows`), one a tensor
+   (`quantize_tensor`), or a calibrated one (`quantize_given`, which saturates).
+2. ``sum = q_codes @ k_codes^T``: exact, int32.
+3. ``S = ((float32(sum) * s_q) * s_k) * scale`` (equation 15; `scale` is 1 / sqrt(E)), then ``S + bias``, then minus
+   infinity where `mask` is False.
+4. ``P = softmax(S)`` over the keys that there are, and no others (equation 16). A query that may look at no key gets
+   zeros, as PyTorch's attention gives it.
+5. ``O = P @ (v_codes * s_v)`` (equation 18), then the output's dtype. Equation 17 also quantizes the output of the
+   static form: that is the first step of an integer projection behind it, which chooses the scale.
+
+Softmax and the last product are sums in an order that a library chooses, so outputs are compared within float32
+rounding; codes, scales and S are compared bit for bit.
+
+Shapes: B batch, H heads, N queries, M keys, E width of queries and keys, F width of values. Leading dimensions may be
+any.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vit_efficient.kernels.int8_linear.reference import (
+    EXACT_WIDTH,
+    WIDEST,
+    dequantize_rows,
+    quantize_given,
+    quantize_rows,
+)
+
+Granularity = Literal["token", "tensor"]
+Scales = tuple[Tensor, Tensor, Tensor]
+
+
+def quantize(x: Tensor, granularity: Granularity = "token", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Step 1: codes (..., K) int8 and scales (..., 1) float32 of x (..., K); `scale` is a calibrated one."""
+    if scale is not None:
+        return quantize_given(x, scale)
+    return quantize_rows(x) if granularity == "token" else quantize_tensor(x)
+
+
+def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes with one scale for all of `x`, chosen from its largest magnitude.
+
+    Every image of a batch shares the scale, so what a model says of an image depends on its neighbours.
+
+    Args:
+        x: (..., K), floating point.
+
+    Returns:
+        codes (..., K) int8, and the scale (..., 1) float32, the same in every row (NaN if `x` is not finite).
+    """
+    codes, scale = quantize_rows(x.reshape(1, -1))
+    return codes.view(x.shape), scale.expand(*x.shape[:-1], 1)
+
+
+def int8_matmul(q_BHNE: Tensor, k_BHME: Tensor) -> Tensor:
+    """``q @ k^T`` of int8 codes for every head, exactly, as int32 (B, H, N, M).
+
+    E is split so that no partial sum leaves the integers that float32 represents.
+
+    Raises:
+        ValueError: E is so wide that int32 could overflow.
+    """
+    width = q_BHNE.shape[-1]
+    if width > WIDEST:
+        raise ValueError(f"int8_attention: heads {width:,} wide can overflow int32; {WIDEST:,} is the most.")
+    parts = zip(q_BHNE.split(EXACT_WIDTH, dim=-1), k_BHME.split(EXACT_WIDTH, dim=-1), strict=True)
+    with torch.autocast(q_BHNE.device.type, enabled=False):  # it would round the sums to its own dtype
+        first, *rest = ((q.to(torch.float32) @ k.to(torch.float32).mT).to(torch.int32) for q, k in parts)
+    return sum(rest, start=first)
+
+
+def logits(
+    sum_BHNM: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Step 3: integer sums to float32 logits.
+
+    Args:
+        sum_BHNM: int32, from `int8_matmul`.
+        q_scale: (B, H, N, 1) float32.
+        k_scale: (B, H, M, 1) float32.
+        scale: factor on the logits.
+        bias: added; broadcasts to (B, H, N, M).
+        mask: True where a query may look at a key; broadcasts likewise.
+    """
+    s_BHNM = ((sum_BHNM.to(torch.float32) * q_scale) * k_scale.mT) * scale
+    if bias is not None:
+        s_BHNM = s_BHNM + bias.to(torch.float32)
+    return s_BHNM if mask is None else s_BHNM.masked_fill(~mask, -torch.inf)
+
+
+def softmax(s_BHNM: Tensor) -> Tensor:
+    """Step 4: over the last dimension; zeros where every logit is minus infinity."""
+    return torch.softmax(s_BHNM, dim=-1).masked_fill(s_BHNM.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
+
+
+def int8_attention(
+    q_BHNE: Tensor,
+    k_BHME: Tensor,
+    v_BHMF: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float,
+    granularity: Granularity = "token",
+    scales: Scales | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The whole attention, without gradient and dropout.
+
+    Args:
+        q_BHNE: queries, floating point.
+        k_BHME: keys.
+        v_BHMF: values.
+        bias: added to the scaled logits; broadcasts to (B, H, N, M).
+        mask: True where a query may look at a key; broadcasts likewise.
+        scale: factor on the logits.
+        granularity: of scales that are chosen here.
+        scales: calibrated ones of queries, keys and values, each one positive float32.
+        dtype: of the output.
+
+    Returns:
+        (B, H, N, F).
+    """
+    given = (None, None, None) if scales is None else scales
+    (q, q_scale), (k, k_scale), (v, v_scale) = (
+        quantize(x, granularity, s) for x, s in zip((q_BHNE, k_BHME, v_BHMF), given, strict=True)
+    )
+    p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
+    with torch.autocast(p_BHNM.device.type, enabled=False):
+        return (p_BHNM @ dequantize_rows(v, v_scale)).to(dtype)

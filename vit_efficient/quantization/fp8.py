@@ -1,0 +1,83 @@
+"""W8A8 in fp8 (e4m3): scaled weights and activations, trained on the codes that are deployed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from vit_efficient.config import Config
+from vit_efficient.quantization.base import (
+    BUDGET,
+    DISTILL,
+    KEEP,
+    PRECISION,
+    AutoKeep,
+    DistillConfig,
+    Keep,
+    Precision,
+    Report,
+    needs_auto,
+    precision_refusal,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vit_efficient.machine import Machine
+
+
+class Fp8Config(Config):
+    """W8A8 in fp8 (e4m3), scales from the largest magnitude; the training forward is the deployed one."""
+
+    name: Literal["fp8"] = "fp8"
+    precision: Precision = PRECISION
+    keep: Keep = KEEP
+    budget: AutoKeep | None = BUDGET
+    weights: Literal["channel", "tensor"] = Field(
+        "channel", description="Scales of a weight: one an output row, or one in all."
+    )
+    activations: Literal["token", "tensor"] = Field(
+        "token",
+        description="Scales of activations, chosen anew in each forward: one a token, or one for all tokens of the "
+        "batch, so that an image's outputs depend on those beside it.",
+    )
+    accumulation: Literal["full", "fast"] = Field(
+        "full", description="Sums in float32, or in the fewer bits of the GPU's matrix units; a CPU has float32 only."
+    )
+    distill: DistillConfig | None = DISTILL
+
+    _budget = field_validator("budget")(needs_auto)
+
+    def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
+        """Make the selected layers fp8 layers that share their float parameters, in place.
+
+        Raises:
+            UserError: `keep` is still `auto`, an entry of it matches nothing, or nothing is left to quantize.
+        """
+        from vit_efficient.kernels.fp8_linear.reference import Scheme
+        from vit_efficient.quantization import fp8_layers, select
+
+        del compute_dtype  # codes and scales do not depend on it; autocast decides the outputs' dtype
+        selection = select.select(model, self.keep)
+        report = Report.of(self.name, selection)
+        fp8_layers.quantize(model, selection.quantized, Scheme.of(self))
+        return report
+
+    def finalize(self, model: nn.Module) -> None:
+        """Throw the float weights away: codes and scales stay, and the outputs do not change."""
+        from vit_efficient.quantization import fp8_layers
+
+        fp8_layers.finalize(model)
+
+    def refusal(self, machine: Machine, precision: str, device: str) -> str | None:
+        """Why this cannot run on `device` (``cpu`` or ``cuda``) of `machine`, and what to do; None if it can."""
+        for gpu in machine.gpus if device == "cuda" else ():
+            if gpu.capability < (8, 9):
+                return (
+                    f"quantization=fp8: {gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}) has no fp8 matrix "
+                    "units; they came with sm_89 (Ada, Hopper). Plain arithmetic would be slower there than no "
+                    "quantization. Use quantization=int8, or strategy.accelerator=cpu to look at accuracy."
+                )
+        return precision_refusal(machine, precision, device)

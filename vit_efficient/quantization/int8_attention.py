@@ -1,0 +1,247 @@
+"""Integer attention in a model: queries, keys and values in int8, softmax and values' product in floating point.
+
+`Int8Attend` takes the place of the attention backend of every swapped attention module (`attention.modules`), so that
+position biases, masks, rotations and norms stay where they are. The arithmetic is `kernels.int8_attention`.
+
+Legend: B batch, H heads, N tokens, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.kernels.int8_attention.op import int8_attention
+from vit_efficient.kernels.int8_attention.reference import Granularity
+from vit_efficient.quantization.stored import StoredAttention
+
+Mode = Literal["dynamic", "static"]
+Operand = Literal["q", "k", "v"]
+OPERANDS: tuple[Operand, ...] = get_args(Operand)
+See = Callable[[str, Operand, Tensor], None]
+
+
+class Int8Attend(nn.Module):
+    """An attention backend that multiplies queries and keys in integers (QAttn, equations 15 to 18).
+
+    In training and in evaluation the same arithmetic; gradients are straight-through.
+
+    Buffers: `q_scale`, `k_scale`, `v_scale`, float32 scalars, in the static form only; NaN until `set_scales`, so that
+    a model that was not calibrated answers NaN and nothing else.
+
+    Args:
+        mode: ``dynamic``: scales chosen in each forward; ``static``: calibrated ones, a scalar each of q, k and v.
+        granularity: of dynamic scales: one a token and head, or one a tensor (then an image's answer depends on the
+            other images of its batch).
+    """
+
+    name: ClassVar[str] = "int8"
+    takes_bias: ClassVar[bool] = True
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+    def __init__(self, mode: Mode = "dynamic", granularity: Granularity = "token") -> None:
+        super().__init__()
+        self.mode, self.granularity = mode, granularity
+        self.plain: Any = None  # the backend in whose place it stands
+        self.observing = False  # attends through that one while its scales are looked for
+        if mode == "static":
+            for operand in OPERANDS:
+                self.register_buffer(f"{operand}_scale", torch.full((), torch.nan, dtype=torch.float32))
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of queries, keys and values; None in the dynamic form."""
+        return (self.q_scale, self.k_scale, self.v_scale) if self.mode == "static" else None
+
+    @torch.no_grad()
+    def set_scales(self, **scales: Tensor | float) -> None:
+        """Give the static form its scales, by operand: ``set_scales(q=amax_q / 127, k=..., v=...)``.
+
+        Raises:
+            UserError: one is zero, negative or not finite: its operand was zero, or not finite, on all that it was
+                calibrated with. Nothing is set then.
+            ValueError: this is the dynamic form, or not all three are given.
+        """
+        if self.mode != "static" or set(scales) != set(OPERANDS):
+            raise ValueError(f"{self.mode} integer attention has no scales {', '.join(scales)} to be given")
+        made = {operand: torch.as_tensor(scale, dtype=torch.float32) for operand, scale in scales.items()}
+        for operand, scale in made.items():
+            if scale.numel() != 1 or not usable(scale):
+                raise UserError(
+                    f"Integer attention: the scale of {operand} must be one number above 0, and is {scale.tolist()}. "
+                    "Check the calibration images and `model.weights`, or use quantization.attention=dynamic."
+                )
+        for operand, scale in made.items():
+            self.get_buffer(f"{operand}_scale").copy_(scale.reshape(()))
+
+    def attend(
+        self,
+        q_BHNE: Tensor,
+        k_BHNE: Tensor,
+        v_BHNE: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """As `attention.base.AttentionBackend.attend`."""
+        if self.observing:
+            return self.plain.attend(q_BHNE, k_BHNE, v_BHNE, bias=bias, mask=mask, scale=scale, dropout=dropout)
+        return int8_attention(
+            q_BHNE,
+            k_BHNE,
+            v_BHNE,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            dropout=dropout,
+            granularity=self.granularity,
+            scales=self.scales,
+        )
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Scales stay float32, whatever dtype the model is cast to; they follow it to its device."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        for operand, scale in zip(OPERANDS, scales or (), strict=False):
+            moved = self.get_buffer(f"{operand}_scale")
+            if not (moved.is_meta or scale.is_meta):  # a cast would have rounded it
+                setattr(self, f"{operand}_scale", scale.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return self.mode if self.mode == "static" else f"{self.mode}, one scale a {self.granularity}"
+
+
+def usable(scale: Tensor) -> bool:
+    """Whether all of a scale is finite and above 0."""
+    return bool((scale.isfinite() & (scale > 0)).all())
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The swapped attention modules, those that attend through a backend, by name."""
+    return {
+        name: module for name, module in model.named_modules() if hasattr(getattr(module, "backend", None), "attend")
+    }
+
+
+def quantize_attention(model: nn.Module, mode: Mode, granularity: Granularity = "token") -> list[str]:
+    """Make every swapped attention of `model` attend in integers, in place.
+
+    The static form has no scales yet: give them with `set_scales` or by loading a state dict.
+
+    Returns:
+        The names of the attention modules.
+
+    Raises:
+        UserError: no attention of the model was swapped.
+    """
+    found = attention_modules(model)
+    if not found:
+        raise UserError(
+            f"quantization.attention={mode}: {type(model).__name__} has no attention that goes through a backend. "
+            "Swap it first (vit_efficient.attention.swap.swap_attention)."
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    for module in found.values():
+        attend = Int8Attend(mode, granularity).to(device).train(module.training)
+        attend.plain, module.backend = module.backend, attend
+    return list(found)
+
+
+def integer_attention(model: nn.Module) -> dict[str, Int8Attend]:
+    """The integer backends of a model, by the name of their attention module."""
+    return {
+        name: module.backend
+        for name, module in attention_modules(model).items()
+        if isinstance(module.backend, Int8Attend)
+    }
+
+
+class _Observed:
+    """Shows what a backend is given, and lets it attend."""
+
+    def __init__(self, backend: Any, name: str, see: See) -> None:
+        self.backend, self.owner, self.see = backend, name, see
+        self.name, self.takes_bias = backend.name, backend.takes_bias
+
+    def attend(self, *operands: Tensor, **options: Any) -> Tensor:
+        for operand, x in zip(OPERANDS, operands, strict=True):
+            self.see(self.owner, operand, x.detach())
+        return self.backend.attend(*operands, **options)
+
+
+@contextmanager
+def observe_attention(model: nn.Module, see: See) -> Iterator[list[str]]:
+    """While it lasts, show `see` the queries, keys and values of every attention before they are attended with.
+
+    What the model answers does not change. The shown tensors are in the dtype of the model's arithmetic, without
+    gradient, after norms and rotations: what `Int8Attend` would quantize.
+
+    Args:
+        model: its attention swapped; in integers or not.
+        see: called with (name of the attention module, operand, tensor (B, H, N, E)).
+
+    Yields:
+        The names of the attention modules.
+    """
+    found = attention_modules(model)
+    # In the instance's own dictionary, which goes before registered submodules: a backend may be one, or not.
+    own = {name: module.__dict__.get("backend") for name, module in found.items()}
+    for name, module in found.items():
+        module.__dict__["backend"] = _Observed(module.backend, name, see)
+    try:
+        yield list(found)
+    finally:
+        for name, module in found.items():
+            if own[name] is None:
+                del module.__dict__["backend"]
+            else:
+                module.__dict__["backend"] = own[name]
+
+
+def describe_attention(model: nn.Module) -> dict[str, StoredAttention]:
+    """How the integer attention of a model is stored, by the name of the attention module.
+
+    Raises:
+        UserError: a static one was not calibrated.
+    """
+    found = integer_attention(model)
+    bare = [name for name, attend in found.items() if attend.scales and not usable(torch.stack(attend.scales))]
+    if bare:
+        raise UserError(
+            f"quantization.attention=static: {bare[0]} (of {len(bare)} such) has no scales. Calibrate the model first "
+            "(python -m vit_efficient.quantize), or use quantization.attention=dynamic."
+        )
+    return {name: StoredAttention(mode=attend.mode, granularity=attend.granularity) for name, attend in found.items()}
+
+
+def prepare_attention(model: nn.Module, stored: Mapping[str, StoredAttention], tensors: Mapping[str, Tensor]) -> None:
+    """Give a freshly built model, its attention swapped, the empty integer backends that a file describes, in place.
+
+    Args:
+        model: to load the file's tensors into afterwards.
+        stored: from `describe_attention`.
+        tensors: of the file, by their names in the model.
+
+    Raises:
+        CheckpointError: the model has no such attention, or a scale in the file is absent or cannot be one.
+    """
+    found = attention_modules(model)
+    if strangers := sorted(stored.keys() - found.keys()):
+        raise CheckpointError(f"The file is of another model: this one has no attention {', '.join(strangers[:6])}.")
+    for name, one in stored.items():
+        prefix = f"{name}.backend."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        if problem := one.check(own):
+            raise CheckpointError(f"The integer attention of {name} is not what the file says of it: {problem}.")
+        device = next(model.parameters()).device
+        found[name].backend = Int8Attend(one.mode, one.granularity).to(device).train(found[name].training)
