@@ -66,7 +66,10 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
 
     started = time.monotonic()
     data = build_data(recipe)
-    subject = from_checkpoint(path, recipe, data.num_classes) if path else from_weights(recipe, data.num_classes)
+    if path is not None:
+        subject = from_checkpoint(path, recipe, data.num_classes)
+    else:
+        subject = from_weights(recipe, data.num_classes, data, console)
     data.image = subject.image
     for line in subject.lines:
         console.print(f"[bold]{'model':>13}[/]  {line}", soft_wrap=True)

@@ -17,7 +17,10 @@ from vit_efficient.recipe.load import dump_recipe, load_recipe
 from vit_efficient.recipe.schema import VARIANT_SECTIONS, Recipe
 from vit_efficient.recipe.shape import all_keys
 
-VARIANTS = ("fp32_sdpa", "int8_sdpa", "int8_flash2", "fp8_sdpa", "int4_sdpa", "int4_flash2", "lora_sdpa")
+VARIANTS = (
+    "fp32_sdpa", "int8_sdpa", "int8_flash2", "int8_static_sdpa", "w4a8_sdpa", "fp8_sdpa", "int4_sdpa", "int4_flash2",
+    "int4_group_sdpa", "lora_sdpa",
+)  # fmt: skip
 PROTOCOLS = ("digits", "cifar10", "cifar10_vit_ti", "folder", "tiny_imagenet", "imagenet_vit_l16")
 PACKAGES = {"bitsandbytes": "0.50.2", "peft": "0.21.2", "flash-attn": "2.8.3"}
 NODE = Machine((Gpu("NVIDIA H100", (9, 0), 80 << 30),) * 8, "580", 128, PACKAGES)
@@ -80,7 +83,7 @@ def test_every_file_opens_with_what_to_expect(path: Path) -> None:
     assert head.startswith(f"# {path.stem}: ")
     for label in ("hardware", "time", "top-1", "command"):
         assert re.search(rf"^# {label} {{2,}}\S", head, re.MULTILINE), f"{path.name} does not say {label}"
-    commands = re.findall(r"python -m vit_efficient\.fit --recipe (\S+)(?: protocol=(\w+))?", head)
+    commands = re.findall(r"python -m vit_efficient\.(?:fit|quantize) --recipe (\S+)(?: protocol=(\w+))?", head)
     assert commands
     for recipe, protocol in commands:
         load_recipe(recipe, [f"protocol={protocol}"] if protocol else [])

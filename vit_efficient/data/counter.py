@@ -23,6 +23,7 @@ class Domain(IntEnum):
     SOURCE_ORDER = 6
     SPLIT = 7
     DROPOUT = 8
+    CALIBRATION = 9
 
 
 U64 = NDArray[np.uint64]

@@ -10,6 +10,7 @@ import lightning
 
 from vit_efficient.data.cache import ensure_digits
 from vit_efficient.data.config import AugmentConfig, DataConfig
+from vit_efficient.data.counter import Domain, hash_int
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.data.loader import Cursor, EvalLoader, TrainLoader, Workers
 from vit_efficient.data.manifest import Manifest
@@ -179,6 +180,27 @@ class ViTDataModule(lightning.LightningDataModule):
         self._skipped += self._eval_loader.skipped if self._eval_loader is not None else 0
         self._eval_loader = EvalLoader(stream, steps, Workers(self.workers, self._pins()), most)
         return self._eval_loader
+
+    def calibration_stream(self, image: ImageSpec, samples: int, batch_size: int) -> SampleStream:
+        """Training images drawn over all shards, seen as in evaluation; the same ones on every rank and machine.
+
+        Args:
+            image: what the model expects.
+            samples: how many are wanted: shards are read side by side, so that few images are from many of them.
+            batch_size: images of one batch.
+
+        Returns:
+            batches of all training images in an order that depends on (manifest, seed, samples) only.
+
+        Raises:
+            DataError: there are no training shards.
+        """
+        counts = _counts(self._training_shards())
+        seed = hash_int(Domain.CALIBRATION, self.seed)
+        plan = Plan(counts, seed=seed, streams=max(1, min(samples, len(counts))))
+        transform = EvalTransform(image, self.config.eval_resize, self.config.decoder)
+        reader = ShardReader(self._training_shards(), self.num_classes, min(batch_size + 8, _OPEN_FILES))
+        return SampleStream(reader, plan, transform, Layout(batch_size), skip_bad=self.config.on_error == "skip")
 
     def _most_skipped(self, images: int, world: int) -> int:
         """This rank's share of what may be left out; one at least, unless nothing may."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vit_efficient.attention.config import AttentionConfig
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine.checkpoint import atomic_write
 from vit_efficient.errors import CheckpointError
 from vit_efficient.model.build import build_plain, compute_dtype
-from vit_efficient.quantization.deploy import FORMAT, deployed_state, load_deployed
+from vit_efficient.quantization.deploy import FORMAT, VERSION, deployed_state, load_deployed
 from vit_efficient.recipe.schema import Recipe
 
 
@@ -30,15 +34,24 @@ class Deployed:
     parameters: int
     merged: dict[str, str] | None = None
     """Where it was merged from, if it was: see `engine.merging`."""
+    source: dict[str, str] | None = None
+    """The weights that it was quantized from without training, if it was: see `engine.quantizing`."""
 
 
 def save_deployed(
-    path: Path, model: nn.Module, recipe: Recipe, class_names: list[str], *, merged: dict[str, str] | None = None
+    path: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    class_names: list[str],
+    *,
+    merged: dict[str, str] | None = None,
+    source: dict[str, str] | None = None,
 ) -> int:
     """Write the deployed form of ``model`` (integer codes and scales, packed 4 bits, or floats) and its description.
 
     Args:
         merged: where it was merged from, if it was.
+        source: the weights that it was quantized from, if it was not trained.
 
     Returns:
         The file's size in bytes.
@@ -48,11 +61,26 @@ def save_deployed(
         "recipe": recipe.model_dump_json(),
         "class_names": json.dumps(class_names),
         **({"merged": json.dumps(merged)} if merged is not None else {}),
+        **({"source": json.dumps(source)} if source is not None else {}),
         **scheme,
     }
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description["digest"] = digest(own, description)
     atomic_write(path, lambda temporary: save_file(own, temporary, metadata=description))
     return path.stat().st_size
+
+
+def digest(tensors: Mapping[str, Tensor], description: Mapping[str, str]) -> str:
+    """sha256 of a file's meaning: its description (but for the digest itself), and every tensor's name, type, shape
+    and bytes. A flipped bit anywhere changes it."""
+    found = hashlib.sha256()
+    for key in sorted(description.keys() - {"digest"}):
+        found.update(f"{key}={description[key]}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deployed:
@@ -79,13 +107,19 @@ def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deploy
             f"{path} is not a model that this package deployed (format {description.get('format')!r}, not {FORMAT!r}). "
             "Plain weights are given as `model.weights=`."
         )
-    recipe = Recipe.model_validate_json(description.pop("recipe"))
+    if description.get("version") == VERSION and digest(tensors, description) != description.pop("digest", None):
+        raise CheckpointError(f"{path} was altered: its content does not have the digest that it was written with.")
+    try:
+        recipe = Recipe.model_validate_json(description.pop("recipe"))
+    except ValidationError as error:
+        raise CheckpointError(f"{path} holds a recipe of another version of this program: {error}") from error
     class_names = json.loads(description.pop("class_names"))
     merged = json.loads(description.pop("merged", "null"))
+    source = json.loads(description.pop("source", "null"))
     if attention is not None:
         recipe = recipe.model_copy(update={"attention": attention})
     config = recipe.model.model_copy(update={"weights": None})
     model, image, _ = build_plain(config, recipe, len(class_names))
     parameters = sum(p.numel() for p in model.parameters())
     load_deployed(model, tensors, description)
-    return Deployed(model.eval(), image, recipe, class_names, parameters, merged)
+    return Deployed(model.eval(), image, recipe, class_names, parameters, merged, source)

@@ -53,7 +53,12 @@ def class_balance(counts: Sequence[int], names: Sequence[str]) -> str:
 
 
 def describe(
-    console: Console, recipe: Recipe, built: Built, data: ViTDataModule, teacher: Teacher | None = None
+    console: Console,
+    recipe: Recipe,
+    built: Built,
+    data: ViTDataModule,
+    teacher: Teacher | None = None,
+    calibrated: Sequence[str] = (),
 ) -> None:
     """Say what is about to be trained, on what."""
     per_node, nodes = devices(recipe)
@@ -75,7 +80,7 @@ def describe(
         rows.insert(1, ("teacher", str(teacher)))
     for what, text in rows:
         console.print(f"[bold]{what:>13}[/]  {text}", highlight=False, soft_wrap=True)
-    for line in built.report.lines():
+    for line in [*built.report.lines(), *calibrated]:
         console.print(f"[bold]{'quantization':>13}[/]  {line}", highlight=False, soft_wrap=True)
     lora = getattr(recipe.quantization, "lora", None)
     if lora is not None and lora.lr_scale != 1:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
+from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine.base import given_base, has_adapters
+from vit_efficient.engine.calibration import calibrate_model, needs_calibration
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file
 from vit_efficient.engine.resume import differing_keys
 from vit_efficient.engine.rundir import MODEL, RunDir
-from vit_efficient.errors import CheckpointError
+from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.model.build import build_model, compute_dtype
 from vit_efficient.model.origin import check_same_base
 from vit_efficient.quantization.deploy import deployed_state
@@ -127,11 +130,30 @@ def _base_of(checkpoint: dict[str, Any], saved: Recipe, now: Recipe, path: Path)
     return found.weights
 
 
-def from_weights(recipe: Recipe, num_classes: int) -> Subject:
-    """The pretrained ``model.weights`` under the recipe's quantization, with no training."""
+def from_weights(
+    recipe: Recipe, num_classes: int, data: ViTDataModule | None = None, console: Console | None = None
+) -> Subject:
+    """The pretrained ``model.weights`` under the recipe's quantization, with no training.
+
+    Args:
+        recipe: resolved.
+        num_classes: outputs of the head.
+        data: gives the training images that calibration needs, where the quantization wants it.
+        console: shows how far that is.
+
+    Raises:
+        UserError: it must be calibrated, and there are no training images.
+    """
     torch.manual_seed(recipe.run.seed)
     built = build_model(recipe, num_classes, base=getattr(recipe.quantization, "base", None))
     lines = [f"{recipe.model.weights}, quantized without training", *built.report.lines(), *built.notes]
+    if needs_calibration(recipe):
+        if data is None:
+            raise UserError(
+                f"quantization={recipe.quantization.name} must be calibrated on images first: "
+                "`python -m vit_efficient.quantize --recipe R data.shards=... --out MODEL` does it."
+            )
+        lines += calibrate_model(recipe, built.model, data, built.image, console or Console(quiet=True))
     return _finalized(built.model, recipe, built.image, built.parameters, lines)
 
 

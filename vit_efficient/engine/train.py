@@ -13,6 +13,7 @@ from rich.console import Console
 from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.data.device import DeviceTransforms
 from vit_efficient.engine.audit import Audit
+from vit_efficient.engine.calibration import calibrate_model, needs_calibration, restore
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.evaluation import evaluate_model
@@ -59,6 +60,7 @@ def make_module(
         adapters_only=getattr(recipe.quantization, "lora", None) is not None,  # the base is frozen and has its own file
         base=built.origin,
         teacher=teacher,
+        freeze_ranges=getattr(recipe.quantization, "freeze_ranges", 0.0),
     )
 
 
@@ -92,8 +94,10 @@ def train(
     """
     quiet()
     plain = recipe.model_dump(mode="json")
+    checkpoint = None
     if resume is not None:  # before anything is built: a wrong checkpoint is known at once
-        check_same_recipe(read_checkpoint(resume)["vit_efficient"]["recipe"], plain, str(resume))
+        checkpoint = read_checkpoint(resume)
+        check_same_recipe(checkpoint["vit_efficient"]["recipe"], plain, str(resume))
     data = build_data(recipe)
     torch.manual_seed(recipe.run.seed)
     built = build_model(recipe, data.num_classes, base=base)
@@ -103,9 +107,15 @@ def train(
             "variant that trains, or measure it without training: `python -m vit_efficient.evaluate`."
         )
     data.image = built.image
+    calibrated: list[str] = []
+    if needs_calibration(recipe) and checkpoint is not None:
+        restore(built.model, checkpoint, str(resume))
+    elif needs_calibration(recipe):
+        calibrated = calibrate_model(recipe, built.model, data, built.image, console)
+    del checkpoint  # as large as the model and its optimizer; Lightning reads its own copy
     transforms = build_transforms(recipe, built.image, data.num_classes)
     teacher = build_teacher(recipe, built.image, data.num_classes, base=base)
-    describe(console, recipe, built, data, teacher)
+    describe(console, recipe, built, data, teacher, calibrated)
     module = make_module(recipe, built, data, transforms, teacher)
 
     if rank() == 0:

@@ -14,7 +14,7 @@ from vit_efficient.data.counter import Domain, hash_int
 from vit_efficient.model.distill import Teacher
 from vit_efficient.model.ema import WeightAverage
 from vit_efficient.model.metrics import ClassificationMetrics
-from vit_efficient.model.optim import build_optimizer, build_schedule
+from vit_efficient.model.optim import build_optimizer, build_schedule, learned_ranges
 from vit_efficient.model.origin import Origin, check_same_base
 from vit_efficient.recipe.schema import OptimConfig
 
@@ -41,6 +41,7 @@ class ViTModule(L.LightningModule):
         adapters_only: checkpoint the trainable weights alone; the frozen base is rebuilt from its own file.
         base: that file, with `adapters_only`; its hash goes into every checkpoint.
         teacher: what the model is to answer like besides the labels.
+        freeze_ranges: share of all steps, at the end, in which learned quantization ranges stay as they are.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ViTModule(L.LightningModule):
         adapters_only: bool = False,
         base: Origin | None = None,
         teacher: Teacher | None = None,
+        freeze_ranges: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -66,6 +68,9 @@ class ViTModule(L.LightningModule):
         self.seed = seed
         self.adapters_only = adapters_only
         self.base = base
+        steps = optim.epochs * steps_per_epoch
+        self.ranges_move_until = steps - round(freeze_ranges * steps)
+        self._step = 0
         self.strict_loading = not adapters_only
         self.metrics = ClassificationMetrics(num_classes)
         self.average: WeightAverage | None = None
@@ -110,6 +115,7 @@ class ViTModule(L.LightningModule):
         this piece is divided by the true size of the global batch instead.
         """
         torch.manual_seed(hash_int(Domain.DROPOUT, self.seed, batch["step"], batch["micro"]))
+        self._step = batch["step"]
         images, targets = self.transforms(batch)
         logits = self.model(images)
 
@@ -125,6 +131,16 @@ class ViTModule(L.LightningModule):
         loss = mean(losses_B)
         self.last_loss = loss.detach()
         return loss
+
+    def on_after_backward(self) -> None:
+        """Drop the gradients of frozen ranges: the optimizer leaves a parameter without gradient as it is.
+
+        They stay parameters, so that optimizer, average and checkpoints keep their form, and which step it is decides
+        alone: a resumed run does the same.
+        """
+        if self._step >= self.ranges_move_until:
+            for parameter in learned_ranges(self.model).values():
+                parameter.grad = None
 
     def update_average(self) -> None:
         """To be called after every optimizer step."""

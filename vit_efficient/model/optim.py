@@ -18,8 +18,9 @@ from vit_efficient.recipe.schema import OptimConfig
 def parameter_groups(model: nn.Module, config: OptimConfig, lr: float) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    Weight decay spares vectors (norms, biases, layer scales) and what the model itself excludes (position embeddings,
-    class token). Block ``i`` of ``L`` learns at ``lr * layer_decay ** (L - i)`` (BEiT, appendix: layer-wise decay).
+    Weight decay spares vectors (norms, biases, layer scales), what the model itself excludes (position embeddings,
+    class token) and learned ranges, which are logarithms: 0 means nothing there. Block ``i`` of ``L`` learns at
+    ``lr * layer_decay ** (L - i)`` (BEiT, appendix: layer-wise decay).
 
     Args:
         model: a timm model; frozen parameters are left out.
@@ -29,13 +30,23 @@ def parameter_groups(model: nn.Module, config: OptimConfig, lr: float) -> list[d
     Returns:
         Groups for a torch optimizer, each with its ``lr`` and ``weight_decay``.
     """
-    exclude: set[str] = getattr(model, "no_weight_decay", set)()
+    exclude: set[str] = getattr(model, "no_weight_decay", set)() | learned_ranges(model).keys()
     groups = param_groups_layer_decay(
         model, weight_decay=config.weight_decay, no_weight_decay_list=exclude, layer_decay=config.layer_decay
     )
     for group in groups:
         group["lr"] = lr * group.pop("lr_scale")
     return groups
+
+
+def learned_ranges(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Quantization ranges that are trained, by name: what modules list in an attribute of this function's name."""
+    own = {
+        f"{name}.{parameter}".lstrip("."): getattr(module, parameter)
+        for name, module in model.named_modules()
+        for parameter in getattr(module, "learned_ranges", ())
+    }
+    return {name: parameter for name, parameter in own.items() if parameter is not None}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr: float, *, scaled: bool = False) -> torch.optim.Optimizer:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vit_efficient.errors import CheckpointError
 from vit_efficient.model.hub import fetch
+from vit_efficient.quantization.deploy import FORMAT, VERSION
+from vit_efficient.quantization.dequantize import float_state
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 # Where training programs put the weights in their checkpoints; averaged weights first, as in timm.
@@ -110,10 +112,20 @@ def file_digest(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a plain file; of a model file of this package, its weights in floating point again."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            description = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {_first_line(error)}") from error
+    if description.get("format") != FORMAT:
+        return tensors
+    if description.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} is a model file of version {description.get('version')!r}; this program reads {VERSION}."
+        )
+    return float_state(tensors, description)
 
 
 def _read_torch(path: Path) -> Any:

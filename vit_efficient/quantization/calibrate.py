@@ -21,6 +21,7 @@ from vit_efficient.quantization.int8_attention import OPERANDS, integer_attentio
 from vit_efficient.quantization.int8_layers import Int8Linear, Int8Patches, to_patches
 from vit_efficient.quantization.observers import threshold
 from vit_efficient.quantization.select import block_index
+from vit_efficient.quantization.views import with_views
 
 FEWEST = 16  # images
 ROWS_BYTES = 2**28  # of one layer's inputs at most; beyond it rows are left out evenly
@@ -68,6 +69,7 @@ def calibrate(
         UserError: too few images; images or activations with a NaN or an infinity; a layer whose inputs never differ.
     """
     images = _check(batches)
+    batches = with_views(batches, config.views)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Patches))}
     training = model.training
     model.eval()

@@ -18,8 +18,11 @@ class CalibrationConfig(Config):
     samples: PositiveInt = Field(
         256, description="Training images, seen as in evaluation. Fewer where there are fewer; at least 16."
     )
+    views: PositiveInt = Field(
+        1, description="Views of each image: itself, and random crops of it, mirrored half the time."
+    )
     observer: Observer = Field(
-        "mse",
+        "percentile",
         description="Range of static activations: the largest magnitude, a percentile of magnitudes, the least squared "
         "error, or the least divergence of the distribution (entropy, as TensorRT does).",
     )
@@ -27,7 +30,8 @@ class CalibrationConfig(Config):
     smooth: float | Literal["auto"] | None = Field(
         "auto",
         description="Divide each input channel by amax(x)^a / amax(w)^(1-a) and multiply the weights by it "
-        "(SmoothQuant): the exponent a, `auto` (the one with the least output error, for each layer), or nothing.",
+        "(SmoothQuant); where activations are not quantized, by mean(|x|)^a (AWQ). The exponent a, or `auto` (the one "
+        "with the least output error, for each layer), or nothing.",
     )
     shift: bool = Field(
         True,

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit_efficient.errors import UserError
 from vit_efficient.kernels.int8_linear.op import dequantize_weight, quantize_activations, quantize_weight
 from vit_efficient.kernels.int8_linear.reference import SMALLEST_SCALE
 from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization import gptq
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.int8_layers import Int8Linear, Int8Patches
-from vit_efficient.quantization.observers import threshold
+from vit_efficient.quantization.observers import largest_magnitude, threshold
 
-EXPONENTS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)  # of smoothing, tried by `auto`; 0 smooths nothing
+# Of smoothing, tried by `auto`: first nothing.
+EXPONENTS = (None, 0.5, 0.65, 0.8, 0.9, 1.0)
+WEIGHT_ONLY_EXPONENTS = (None, 0.1, 0.2, 0.3, 0.4, 0.5)
 SEARCH_ROWS = 4096
 
 
@@ -48,9 +51,12 @@ def fit_layer(
         config: what may be decided.
 
     Raises:
-        UserError: x is empty or not finite.
+        UserError: x is empty; x or the weight holds a NaN or an infinity. The layer is then left as it was.
     """
+    largest_magnitude(x_TK)
     weight_NK = layer.weight.flatten(1).float()
+    if not bool(weight_NK.isfinite().all()):
+        raise UserError("The weight holds a NaN or an infinity. Check `model.weights`.")
     bias_N = torch.zeros(len(weight_NK), device=weight_NK.device) if layer.bias is None else layer.bias.float()
     target_TN = F.linear(x_TK, weight_NK, bias_N)
     shift_K = _middle(x_TK) if config.shift and layer.scheme.activations == "static" else None
@@ -62,16 +68,13 @@ def fit_layer(
     if smooth_K is not None:
         x_TK, weight_NK = x_TK / smooth_K, weight_NK * smooth_K
     input_scale = _input_scale(layer.scheme, x_TK, weight_T, config)
-    codes, scale_T1 = (None, None) if layer.scheme.activations == "none" else quantize_activations(
-        x_TK, layer.scheme, input_scale
-    )  # fmt: skip
-    seen_TK = x_TK if codes is None else codes.float() * scale_T1
-    rounded_NK, weight_scale = _round_weight(layer.scheme, weight_NK, seen_TK, weight_T, config)
+    seen_TK = _seen(layer.scheme, x_TK, input_scale)
+    rounded_NK, grid = _round_weight(layer.scheme, weight_NK, seen_TK, weight_T, config)
     output_TN = F.linear(seen_TK, rounded_NK, bias_N)
     if config.bias_correction:
         change_N = _mean(target_TN - output_TN, weight_T)
         bias_N, output_TN = bias_N + change_N, output_TN + change_N
-    _set(layer, weight_NK if weight_scale is None else rounded_NK, bias_N, shift_K, smooth_K, input_scale, weight_scale)
+    _set(layer, weight_NK if grid is None else rounded_NK, bias_N, shift_K, smooth_K, input_scale, grid)
     error = _mean((target_TN - output_TN).square(), weight_T).sum()
     power = _mean(target_TN.square(), weight_T).sum().clamp_min(torch.finfo(torch.float32).tiny)
     return Fit(name, exponent, float(error / power), constant)
@@ -84,7 +87,7 @@ def _set(
     shift_K: Tensor | None,
     smooth_K: Tensor | None,
     input_scale: Tensor | None,
-    weight_scale: Tensor | None,
+    grid: gptq.Grid | None,
 ) -> None:
     layer.weight.copy_(weight_NK.view_as(layer.weight))
     if layer.bias is None:
@@ -92,7 +95,8 @@ def _set(
     else:
         layer.bias.copy_(bias_N)
     layer.shift, layer.smooth = shift_K, smooth_K
-    layer.input_scale, layer.weight_scale = input_scale, weight_scale
+    layer.input_scale = input_scale
+    layer.weight_scale, layer.weight_zero = (None, None) if grid is None else (grid.scale, grid.zero)
 
 
 def _middle(x_TK: Tensor) -> Tensor:
@@ -114,38 +118,50 @@ def _choose_smoothing(
     if config.smooth is None:
         return None, None
     if config.smooth != "auto":
-        return config.smooth, _smoothing(x_TK, weight_NK, config.smooth)
+        return config.smooth, _smoothing(scheme, x_TK, weight_NK, config.smooth)
     step = max(1, len(x_TK) // SEARCH_ROWS)
     x_TK, weight_T = x_TK[::step], None if weight_T is None else weight_T[::step]
     target_TN = x_TK @ weight_NK.T
-    least, best, chosen = float("inf"), 0.0, None
-    for exponent in EXPONENTS:
-        smooth_K = _smoothing(x_TK, weight_NK, exponent) if exponent else torch.ones_like(weight_NK[0])
+    least, best, chosen = float("inf"), None, None
+    ones_K = torch.ones_like(weight_NK[0])
+    for exponent in WEIGHT_ONLY_EXPONENTS if scheme.activations == "none" else EXPONENTS:
+        smooth_K = ones_K if exponent is None else _smoothing(scheme, x_TK, weight_NK, exponent)
         q_NK, scale_NG = quantize_weight(weight_NK * smooth_K, scheme)
         seen_TK = x_TK / smooth_K
-        if scheme.activations != "none":
-            input_scale = _input_scale(scheme, seen_TK, weight_T, config)
-            codes, scale_T1 = quantize_activations(seen_TK, scheme, input_scale)
-            seen_TK = codes.float() * scale_T1
+        seen_TK = _seen(scheme, seen_TK, _input_scale(scheme, seen_TK, weight_T, config))
         output_TN = seen_TK @ dequantize_weight(q_NK, scale_NG, scheme, torch.float32).T
         error = float(_mean((output_TN - target_TN).square(), weight_T).sum())
         if error < least:
             least, best, chosen = error, exponent, smooth_K
-    return best, chosen if best else None
+    return best, None if best is None else chosen
 
 
-def _smoothing(x_TK: Tensor, weight_NK: Tensor, exponent: float) -> Tensor:
+def _smoothing(scheme: Scheme, x_TK: Tensor, weight_NK: Tensor, exponent: float) -> Tensor:
     """``amax(x)^a / amax(w)^(1 - a)`` for each channel (SmoothQuant, equation 4), its geometric mean 1.
+
+    Where activations are not quantized ``mean(|x|)^a``: weights that meet large activations are made larger, so
+    that their rounding errors count less (AWQ, Lin et al., arXiv:2306.00978, equation 5).
 
     Channels that are always zero, or that no weight reads, are left alone.
     """
     x_K, w_K = x_TK.abs().amax(dim=0), weight_NK.abs().amax(dim=0)
     used_K = (x_K > 0) & (w_K > 0)
-    smooth_K = x_K.clamp_min(1e-30) ** exponent / w_K.clamp_min(1e-30) ** (1 - exponent)
+    if scheme.activations == "none":
+        smooth_K = x_TK.abs().mean(dim=0).clamp_min(1e-30) ** exponent
+    else:
+        smooth_K = x_K.clamp_min(1e-30) ** exponent / w_K.clamp_min(1e-30) ** (1 - exponent)
     if not bool(used_K.any()):
         return torch.ones_like(x_K)
     smooth_K = smooth_K / smooth_K[used_K].log().mean().exp()
     return torch.where(used_K, smooth_K.clamp(1e-4, 1e4), 1.0)
+
+
+def _seen(scheme: Scheme, x_TK: Tensor, input_scale: Tensor | None) -> Tensor:
+    """The activations as their codes stand for them."""
+    if scheme.activations == "none":
+        return x_TK
+    codes_TK, scale_T1 = quantize_activations(x_TK, scheme, input_scale)
+    return codes_TK.float() * scale_T1
 
 
 def _input_scale(scheme: Scheme, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig) -> Tensor | None:
@@ -159,17 +175,16 @@ def _input_scale(scheme: Scheme, x_TK: Tensor, weight_T: Tensor | None, config: 
 
 def _round_weight(
     scheme: Scheme, weight_NK: Tensor, seen_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig
-) -> tuple[Tensor, Tensor | None]:
-    """The weight as its codes stand for it, and its scales; without scales where the largest magnitude decides."""
+) -> tuple[Tensor, gptq.Grid | None]:
+    """The weight as its codes stand for it, and its grid; without one where the largest magnitude decides."""
     if config.rounding == "nearest" or scheme.weights == "tensor":
         q_NK, scale_NG = quantize_weight(weight_NK, scheme)
         return dequantize_weight(q_NK, scale_NG, scheme, torch.float32), None
     counted_TK = seen_TK if weight_T is None else seen_TK * weight_T.unsqueeze(1)
     h_KK = counted_TK.T @ seen_TK / len(seen_TK)
     if config.rounding == "mse":
-        group = weight_NK.shape[1] if scheme.group is None else scheme.group
-        scale_NG = gptq.search_scales(weight_NK, h_KK.diagonal(), group, scheme.largest_weight)
-        q_NK, _ = quantize_weight(weight_NK, scheme, scale_NG)
+        grid = gptq.search_grid(weight_NK, h_KK.diagonal(), scheme)
+        q_NK, _ = quantize_weight(weight_NK, scheme, grid.scale, grid.zero)
     else:
-        q_NK, scale_NG = gptq.quantize(weight_NK, h_KK, scheme.group, scheme.largest_weight)
-    return dequantize_weight(q_NK, scale_NG, scheme, torch.float32), scale_NG
+        q_NK, grid = gptq.quantize(weight_NK, h_KK, scheme)
+    return dequantize_weight(q_NK, grid.scale, scheme, torch.float32), grid

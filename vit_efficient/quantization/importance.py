@@ -24,7 +24,8 @@ def token_importance(model: nn.Module, layers: Mapping[str, nn.Module], batches:
 
     Args:
         model: in full precision; images (B, 3, S, S) to logits (B, C).
-        layers: modules of it, each called once a forward, with outputs (B, ..., N), or (B, N, rows, columns).
+        layers: modules of it, each called once a forward, with outputs (B, ..., N), or (B, N, rows, columns). Those
+            that are never called are left out of the result.
         batches: images.
 
     Returns:
@@ -52,7 +53,11 @@ def token_importance(model: nn.Module, layers: Mapping[str, nn.Module], batches:
                     root_BC = p_BC.sqrt() * noise_BC
                     v_BC = root_BC - p_BC * (p_BC.sqrt() * noise_BC).sum(dim=1, keepdim=True)
                     gradients = torch.autograd.grad(
-                        (logits_BC * v_BC).sum(), list(outputs.values()), retain_graph=draw + 1 < DRAWS
+                        (logits_BC * v_BC).sum(),
+                        list(outputs.values()),
+                        retain_graph=draw + 1 < DRAWS,
+                        allow_unused=True,
+                        materialize_grads=True,
                     )
                     for name, gradient in zip(outputs, gradients, strict=True):
                         channels = 1 if gradient.dim() == 4 else -1  # of patches (B, D, rows, columns)
@@ -63,5 +68,10 @@ def token_importance(model: nn.Module, layers: Mapping[str, nn.Module], batches:
     finally:
         for handle in handles:
             handle.remove()
-    whole = {name: torch.cat(parts) for name, parts in found.items()}
-    return {name: weights / weights.mean().clamp_min(1e-30) for name, weights in whole.items()}
+    return {name: _of_mean_one(torch.cat(parts)) for name, parts in found.items() if parts}
+
+
+def _of_mean_one(weights_T: Tensor) -> Tensor:
+    mean = weights_T.mean()
+    # Nothing reaches the logits (a head of zeros, say): all alike, and not 0 / 0.
+    return torch.where(mean > 0, weights_T / mean, torch.ones_like(weights_T))

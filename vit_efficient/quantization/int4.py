@@ -1,10 +1,10 @@
-"""4-bit weights by bitsandbytes, frozen, with LoRA adapters: QLoRA."""
+"""4-bit weights: by bitsandbytes, frozen, with LoRA adapters (QLoRA); or calibrated integers, for deployment."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from vit_efficient.config import Config
 from vit_efficient.quantization.base import (
@@ -27,6 +27,7 @@ from vit_efficient.quantization.base import (
     needs_critical,
     precision_refusal,
 )
+from vit_efficient.quantization.calibration import CalibrationConfig
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +37,23 @@ if TYPE_CHECKING:
 
 
 class Int4Config(Config):
-    """QLoRA: bitsandbytes NF4 weights, frozen, plus LoRA adapters on a trained base."""
+    """4-bit weights in floating-point arithmetic; with nf4 and fp4, LoRA adapters on a frozen base (QLoRA)."""
 
     name: Literal["int4"] = "int4"
     precision: Precision = PRECISION
     keep: Keep = KEEP
     budget: AutoKeep | None = BUDGET
-    type: Literal["nf4", "fp4"] = Field("nf4", description="Code book of the 4-bit weights.")
-    double_quant: bool = Field(True, description="Quantize the scales too.")
+    type: Literal["nf4", "fp4", "int"] = Field(
+        "nf4",
+        description="Code book of the 4-bit weights: those of bitsandbytes, or integers with one scale a group, "
+        "calibrated on images (for deployment: they take no adapters).",
+    )
+    double_quant: bool = Field(True, description="Of nf4 and fp4: quantize the scales too.")
+    group: Literal[32, 64, 128] = Field(64, description="Of `int`: inputs that share a scale in a row of weights.")
+    zero_point: bool = Field(True, description="Of `int`: codes from 0 to 15 with a zero point; else -7 to 7.")
+    calibration: CalibrationConfig | None = Field(
+        None, description="Of `int`: what is found on images. Unset: the defaults."
+    )
     lora: LoraConfig | None = Field(
         default_factory=LoraConfig,
         description="The adapters, which are what is trained. Unset: none, to quantize a model without training it.",
@@ -57,9 +67,25 @@ class Int4Config(Config):
     critical: tuple[str, ...] = CRITICAL
     distill: DistillConfig | None = DISTILL
 
+    @field_validator("lora")
+    @classmethod
+    def _on_bitsandbytes(cls, lora: LoraConfig | None, info: ValidationInfo) -> LoraConfig | None:
+        if info.data.get("type") != "int":
+            return lora
+        if lora is not None and lora.model_fields_set:  # the default has none
+            raise ValueError(
+                "is for nf4 and fp4, and quantization.type is int, which takes no adapters; set it to null"
+            )
+        return None
+
     _budget = field_validator("budget")(needs_auto)
     _adapters = field_validator("train")(needs_adapters)
     _critical = field_validator("critical")(needs_critical)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether images are needed before the model can answer."""
+        return self.type == "int"
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
         """Quantize the selected layers to 4 bits, freeze everything, and add the adapters, in place.
@@ -76,6 +102,14 @@ class Int4Config(Config):
         kept = [entry for entry in self.critical if critical and entry != unfreeze.NORMS]
         selection = select.select(model, [*named(self.keep), *kept])
         report = Report.of(self.name, selection)
+        if self.type == "int":
+            from vit_efficient.kernels.int8_linear.scheme import Scheme
+            from vit_efficient.quantization import int8_layers
+
+            scheme = Scheme(weight_bits=4, group=self.group, zero_point=self.zero_point, activations="none")
+            int8_layers.quantize(model, selection.quantized, lambda layer: scheme)
+            model.requires_grad_(False)
+            return report
         int4_layers.quantize(
             model, selection.quantized, type=self.type, double_quant=self.double_quant, compute_dtype=compute_dtype
         )
@@ -87,11 +121,16 @@ class Int4Config(Config):
         return report
 
     def finalize(self, model: nn.Module) -> None:
-        """Nothing: the base is in 4 bits from the start, and merging adapters into it would change the answers."""
+        """Of `int`, throw the float weights away. Of nf4 and fp4 nothing: the base is in 4 bits from the start, and
+        merging adapters into it would change the answers."""
+        if self.type == "int":
+            from vit_efficient.quantization import int8_layers
+
+            int8_layers.finalize(model)
 
     def refusal(self, machine: Machine, precision: str, device: str) -> str | None:
         """Why this cannot run on `device` (``cpu`` or ``cuda``) of `machine`, and what to do; None if it can."""
-        for package in ("bitsandbytes", "peft"):
+        for package in ("bitsandbytes", "peft") if self.type != "int" else ():
             if machine.version(package) is None:
                 return f"quantization=int4: the package {package} is not installed. pip install {package}."
         return precision_refusal(machine, precision, device)

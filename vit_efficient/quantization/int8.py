@@ -51,6 +51,9 @@ class Int8Config(Config):
     group: Literal[32, 64, 128] | None = Field(
         None, description="Inputs that share a weight scale within an output channel; unset: all of them."
     )
+    zero_point: bool = Field(
+        False, description="Of 4-bit weights: codes from 0 to 15 with a zero point a scale, not -7 to 7."
+    )
     activations: Activations = Field(
         "dynamic",
         description="Scales of activations: chosen in each forward, calibrated, or calibrated for `proj` and `fc2` "
@@ -83,6 +86,13 @@ class Int8Config(Config):
             raise ValueError("is for quantization.weights=channel, and that is tensor; leave one of the two out")
         return group
 
+    @field_validator("zero_point")
+    @classmethod
+    def _of_four_bits(cls, zero_point: bool, info: ValidationInfo) -> bool:
+        if zero_point and (info.data.get("weight_bits") != 4 or info.data.get("weights") == "tensor"):
+            raise ValueError("is for quantization.weight_bits=4 with quantization.weights=channel; leave it out")
+        return zero_point
+
     @field_validator("dynamic_scale")
     @classmethod
     def _is_read(cls, dynamic_scale: str, info: ValidationInfo) -> str:
@@ -112,6 +122,7 @@ class Int8Config(Config):
             activation_bits=self.activation_bits,
             weights=self.weights,
             group=self.group,
+            zero_point=self.zero_point,
             activations="static" if static else self.dynamic_scale,
         )
 
@@ -129,7 +140,7 @@ class Int8Config(Config):
         int8_layers.quantize(model, selection.quantized, self.scheme)
         if self.attention != "none":
             int8_attention.quantize_attention(model, self.attention)
-        if self.learn_scales:
+        if self.learn_scales and not self.needs_calibration:  # else calibration says where they start
             int8_layers.learn_scales(model)
         return report
 

@@ -9,9 +9,12 @@ What a layer may have beside weight and bias, all float32 whatever the model is 
 - `smooth` (K,): inputs are divided by it, and the weight has been multiplied by it (SmoothQuant, arXiv:2211.10438).
 - `input_scale` (): the step of static activations.
 - `weight_scale` (N, G), or (1, 1): given steps of the weight; without them its largest magnitude decides.
+- `weight_zero` (N, G): zero points beside given steps, of 4-bit weights that have them; bytes in deployed form.
 - `log_input_scale`, `log_weight_scale`: the logarithms of these two where they are learned. A step is positive, and
   the optimizer's rate is then a relative change of it, the same for weights and activations of any size (Jain et al.,
-  arXiv:1903.08066, section 3, argue so for thresholds).
+  arXiv:1903.08066, section 3, argue so for thresholds). The factor 1 / sqrt(values x largest code) by which LSQ (Esser
+  et al., arXiv:1902.08153, section 2.2) scales the gradient of a step is left out on purpose: Adam divides by the
+  gradient's size, so the factor would change nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from vit_efficient.kernels.int8_linear.op import (
     quantize_weight,
 )
 from vit_efficient.kernels.int8_linear.packing import pack, unpack
+from vit_efficient.kernels.int8_linear.reference import in_16_bits, weight_range
 from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization.select import Layer, is_patches
 from vit_efficient.quantization.stored import StoredInt8
@@ -45,11 +49,12 @@ class IntegerLayer(nn.Module):
 
     scheme: Scheme
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a parameter, a buffer, or None
     shift: Tensor | None
     smooth: Tensor | None
     input_scale: Tensor | None
     weight_scale: Tensor | None
+    weight_zero: Tensor | None
     float32_too: tuple[str, ...] = ()
 
     @property
@@ -118,6 +123,7 @@ class IntegerLayer(nn.Module):
 class _Trainable(IntegerLayer):
     """A float weight that each forward quantizes anew."""
 
+    learned_ranges = ("log_input_scale", "log_weight_scale")  # for the optimizer: no weight decay, and they may freeze
     log_input_scale: nn.Parameter | None
     log_weight_scale: nn.Parameter | None
 
@@ -129,7 +135,7 @@ class _Trainable(IntegerLayer):
         # NaN: not calibrated yet. It shows in every output.
         static = torch.tensor(torch.nan, device=device) if scheme.activations == "static" else None
         self.register_buffer("input_scale", static)
-        for name in ("shift", "smooth", "weight_scale"):
+        for name in ("shift", "smooth", "weight_scale", "weight_zero"):
             self.register_buffer(name, None)
         self.observing = False
         self.register_parameter("log_input_scale", None)
@@ -139,27 +145,60 @@ class _Trainable(IntegerLayer):
     @torch.no_grad()
     def learn_scales(self) -> None:
         """Make the steps of the weight, and of static activations, parameters, from where they are now."""
-        _, scale = quantize_weight(self.weight.flatten(1), self.scheme, self.weight_scale)
+        scale, self.weight_zero = self.steps()
         self.weight_scale = None
         self.log_weight_scale = nn.Parameter(scale.log())
         if self.input_scale is not None:
             self.log_input_scale = nn.Parameter(self.input_scale.log())
             self.input_scale = None
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
+        """Take the form of what is loaded: what calibration added to the layer, and whether its steps are learned.
+
+        So a freshly quantized model loads a checkpoint of a calibrated one, and needs no images for it.
+        """
+        for given in ("input_scale", "weight_scale"):
+            if f"{prefix}log_{given}" in state_dict:
+                setattr(self, given, None)
+            elif f"{prefix}{given}" in state_dict:
+                setattr(self, f"log_{given}", None)
+        dynamic = () if self.scheme.activations == "static" else ("input_scale", "log_input_scale")
+        for name, own in (*self._buffers.items(), *self._parameters.items()):
+            loaded = state_dict.get(f"{prefix}{name}")
+            if own is None and loaded is not None and name not in dynamic:
+                empty = torch.empty_like(loaded, device=self.weight.device)
+                setattr(self, name, nn.Parameter(empty) if name in self._parameters else empty)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def current_input_scale(self) -> Tensor | None:
         return self.input_scale if self.log_input_scale is None else self.log_input_scale.exp()
 
     def current_weight_scale(self) -> Tensor | None:
         """The weight's given or learned steps."""
-        return self.weight_scale if self.log_weight_scale is None else self.log_weight_scale.exp()
+        if self.log_weight_scale is None:
+            return self.weight_scale
+        scale = self.log_weight_scale.exp()
+        if self.scheme.group is None:
+            return scale
+        return scale + (in_16_bits(scale) - scale).detach()  # as it is stored; gradients pass
+
+    def steps(self) -> tuple[Tensor, Tensor | None]:
+        """The weight's steps, and its zero points if it has them, given or not."""
+        weight_NK, scale = self.weight.flatten(1), self.current_weight_scale()
+        if scale is not None:
+            return scale, self.weight_zero
+        if self.scheme.zero_point:
+            return weight_range(weight_NK, self.scheme)
+        return quantize_weight(weight_NK, self.scheme)[1], None
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         if self.observing:
             return F.linear(tokens.to(dtype), self.weight.flatten(1).to(dtype), bias_as(self.bias, dtype))
         if self.scheme.activations == "none":
-            rounded = WeightOnly.apply(self.weight.flatten(1), self.current_weight_scale(), self.scheme)
+            given = self.current_weight_scale(), self.weight_zero
+            rounded = WeightOnly.apply(self.weight.flatten(1), *given, self.scheme)
             return F.linear(tokens.to(dtype), rounded.to(dtype), bias_as(self.bias, dtype))
-        scales = self.current_input_scale(), self.current_weight_scale()
+        scales = self.current_input_scale(), self.current_weight_scale(), self.weight_zero
         return int8_linear(tokens, self.weight.flatten(1), self.bias, self.scheme, *scales, dtype)
 
     @torch.no_grad()
@@ -169,8 +208,11 @@ class _Trainable(IntegerLayer):
             self.shape, self.bias is not None, self.scheme, smooth=self.smooth is not None, shift=self.shift is not None
         )
         made = made.to(self.weight.device)
-        codes, scale = quantize_weight(self.weight.flatten(1), self.scheme, self.current_weight_scale())
-        made.weight.copy_(codes.view(self.shape) if self.scheme.weight_bits == 8 else pack(codes))
+        steps, zero = self.steps()
+        codes, scale = quantize_weight(self.weight.flatten(1), self.scheme, steps, zero)
+        if zero is not None and made.weight_zero is not None:
+            made.weight_zero.copy_(zero)
+        made.weight.copy_(codes.view(self.shape) if self.scheme.weight_bits == 8 else pack(codes, made.offsets()))
         made.weight_scale.copy_(scale)
         given = {
             "bias": self.bias,
@@ -224,7 +266,11 @@ class DeployedInt8(IntegerLayer):
         packed = torch.zeros(rows, (inputs + 1) // 2, dtype=torch.uint8)
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8) if scheme.weight_bits == 8 else packed)
         scales = (1, 1) if scheme.weights == "tensor" else (rows, scheme.groups(inputs))
-        self.register_buffer("weight_scale", torch.ones(scales))
+        # Of groups in 16 bits, which is exact: see `in_16_bits`.
+        dtype = torch.float32 if scheme.group is None else torch.bfloat16
+        self.register_buffer("weight_scale", torch.ones(scales, dtype=dtype))
+        zeros = torch.zeros(scales, dtype=torch.uint8) if scheme.zero_point else None
+        self.register_buffer("weight_zero", zeros)
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
         self.register_buffer("shift", torch.zeros(inputs) if shift else None)
         self.register_buffer("smooth", torch.ones(inputs) if smooth else None)
@@ -247,14 +293,23 @@ class DeployedInt8(IntegerLayer):
 
     def weight_codes(self) -> Tensor:
         """The weight's codes, (N, K) int8."""
-        return self.weight.flatten(1) if self.scheme.weight_bits == 8 else unpack(self.weight, self.in_features)
+        if self.scheme.weight_bits == 8:
+            return self.weight.flatten(1)
+        return unpack(self.weight, self.in_features, self.offsets())
+
+    def offsets(self) -> Tensor | int:
+        """What is added to a 4-bit code to store it: its zero point, (N, K) int8, or 8."""
+        if self.weight_zero is None:
+            return 8
+        zero_NG, group = self.weight_zero.to(torch.int8), self.scheme.group or self.in_features
+        return zero_NG.repeat_interleave(group, dim=1)[:, : self.in_features]
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        codes = self.weight_codes()
+        codes, scale = self.weight_codes(), self.weight_scale.to(torch.float32)
         if self.scheme.activations == "none":
-            weight = dequantize_weight(codes, self.weight_scale, self.scheme, dtype)
+            weight = dequantize_weight(codes, scale, self.scheme, dtype)
             return F.linear(tokens.to(dtype), weight, bias_as(self.bias, dtype))
-        return int8_linear_codes(tokens, codes, self.weight_scale, self.bias, self.scheme, self.input_scale, dtype)
+        return int8_linear_codes(tokens, codes, scale, self.bias, self.scheme, self.input_scale, dtype)
 
     def extra_repr(self) -> str:
         bits = f"W{self.scheme.weight_bits}A{self.scheme.activation_bits}"
@@ -265,13 +320,15 @@ class WeightOnly(torch.autograd.Function):
     """The weight as its codes stand for it; gradients pass as if it had not been rounded."""
 
     @staticmethod
-    def forward(ctx, weight_NK: Tensor, scale_NG: Tensor | None, scheme: Scheme) -> Tensor:  # type: ignore[no-untyped-def]
-        codes_NK, scale_NG = quantize_weight(weight_NK, scheme, scale_NG)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, weight_NK: Tensor, scale_NG: Tensor | None, zero_NG: Tensor | None, scheme: Scheme
+    ) -> Tensor:
+        codes_NK, scale_NG = quantize_weight(weight_NK, scheme, scale_NG, zero_NG)
         return dequantize_weight(codes_NK, scale_NG, scheme, torch.float32)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad, None, None
+        return grad, None, None, None
 
 
 def bias_as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

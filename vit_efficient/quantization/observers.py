@@ -17,6 +17,23 @@ CANDIDATES = 64
 NARROWEST = 1 / 32
 
 
+def largest_magnitude(x: Tensor) -> float:
+    """Of activations that can be calibrated on.
+
+    Raises:
+        UserError: x is empty, or holds a NaN or an infinity.
+    """
+    if not x.numel():
+        raise UserError("Nothing to calibrate on: a layer saw no activations.")
+    largest = float(x.abs().max())
+    if not largest < float("inf"):
+        raise UserError(
+            "A layer's activations hold a NaN or an infinity on the calibration images. "
+            "Check `model.weights` and the images; fp16 may overflow where quantization.precision=fp32 does not."
+        )
+    return largest
+
+
 def histogram(x: Tensor, weight_T: Tensor | None = None) -> tuple[Tensor, float]:
     """Histogram of |x| and the largest magnitude.
 
@@ -28,22 +45,15 @@ def histogram(x: Tensor, weight_T: Tensor | None = None) -> tuple[Tensor, float]
         counts (`BINS`,) float64 over equal bins from 0 to the largest magnitude, and that magnitude.
 
     Raises:
-        UserError: x is empty, or holds a NaN or an infinity.
+        UserError: as `largest_magnitude`.
     """
-    if not x.numel():
-        raise UserError("Nothing to calibrate on: a layer saw no activations.")
+    largest = largest_magnitude(x)
     magnitude = x.abs()
-    largest = float(magnitude.max())
-    if not largest < float("inf"):
-        raise UserError(
-            "A layer's activations hold a NaN or an infinity on the calibration images. "
-            "Check `model.weights` and the images; fp16 may overflow where quantization.precision=fp32 does not."
-        )
     if largest == 0:
         counts = torch.zeros(BINS, dtype=torch.float64)
         counts[0] = x.numel()
         return counts, 0.0
-    places = (magnitude * (BINS / largest)).to(torch.int32).clamp_max_(BINS - 1).flatten()
+    places = (magnitude / largest * BINS).to(torch.int32).clamp_max_(BINS - 1).flatten()
     weights = None if weight_T is None else weight_T.unsqueeze(1).expand_as(x).reshape(-1).double()
     return torch.bincount(places, weights, minlength=BINS).double().cpu(), largest
 
@@ -58,14 +68,14 @@ def threshold(x: Tensor, largest_code: int, config: CalibrationConfig, weight_T:
         weight_T: how much each row counts.
 
     Raises:
-        UserError: as `histogram`.
+        UserError: as `largest_magnitude`.
     """
     counts, largest = histogram(x, weight_T)
     if largest == 0 or config.observer == "minmax":
         return largest
     if config.observer == "percentile":
         share = counts.cumsum(0) / counts.sum()
-        return largest * (int((share < config.percentile / 100).sum()) + 1) / BINS
+        return largest * min(int((share < config.percentile / 100).sum()) + 1, BINS) / BINS
     if config.observer == "mse":
         return _least_squares(counts, largest, largest_code)
     return _least_divergence(counts, largest, largest_code)

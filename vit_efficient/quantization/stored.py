@@ -73,6 +73,7 @@ class StoredInt8(Stored):
     activations: Literal["token", "tensor", "static", "none"] = "token"
     smooth: bool = False
     shift: bool = False
+    zero_point: bool = False
 
     def check(self, tensors: Mapping[str, Tensor]) -> str | None:
         import torch
@@ -83,7 +84,9 @@ class StoredInt8(Stored):
         rows, inputs = self.shape[0], self.size // self.shape[0]
         scales = 1 if self.weights == "tensor" else rows * scheme.groups(inputs)
         weight = (torch.int8, self.size) if self.weight_bits == 8 else (torch.uint8, rows * ((inputs + 1) // 2))
-        return expected(tensors, weight=weight, weight_scale=(torch.float32, scales))
+        zeros = {"weight_zero": (torch.uint8, scales)} if self.zero_point else {}
+        of_scales = torch.float32 if self.group is None else torch.bfloat16
+        return expected(tensors, weight=weight, weight_scale=(of_scales, scales), **zeros)
 
     def build(self, bias: bool) -> nn.Module:
         from vit_efficient.kernels.int8_linear.scheme import Scheme

@@ -86,13 +86,21 @@ def _precision(machine: Machine, on_gpu: bool) -> tuple[str, str]:
     return precision, f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}"
 
 
-def check(recipe: Recipe, machine: Machine) -> list[Problem]:
+def check(recipe: Recipe, machine: Machine, *, chooses_layers: bool = False) -> list[Problem]:
     """Every reason why this machine cannot run the recipe; empty if it can.
+
+    Args:
+        recipe: resolved or not.
+        machine: where it shall run.
+        chooses_layers: whether the command finds out what `keep: auto` means.
 
     Knows no model: what depends on it (head width, layers that `keep` matches) is found when it is built.
     """
     recipe, _ = resolve(recipe, machine)
-    problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe)]
+    problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe), *_combined(recipe)]
+    if getattr(recipe.quantization, "keep", None) == "auto" and not chooses_layers:
+        message = "is auto, which `python -m vit_efficient.quantize` decides on images. Name the layers that it found"
+        problems.append(Problem("quantization.keep", message, suggestion="[patch_embed, head]"))
     if recipe.strategy.accelerator == "gpu" and not machine.gpus:
         return problems  # what the parts would say is the same again
     device: Literal["cuda", "cpu"] = "cuda" if recipe.strategy.accelerator == "gpu" else "cpu"
@@ -111,10 +119,28 @@ def caveats(recipe: Recipe, machine: Machine) -> list[str]:
     lines = []
     if recipe.quantization.name == "int4":
         lines.append("4-bit weights make a model smaller, not faster: they are unpacked for every product")
+    if recipe.quantization.name == "bnb_int8":
+        lines.append("LLM.int8 is slower than bf16: 0.40 times its speed for ViT-L/16 on an H200, eager")
+    if recipe.quantization.name == "torchao" and recipe.quantization.scheme.startswith("int8_dynamic"):
+        lines.append(
+            "torchao's dynamic int8 is slower than bf16: 0.74 times its speed for ViT-L/16 on an H200, compiled"
+        )
     old = [gpu.name for gpu in machine.gpus if gpu.capability < BF16_FROM]
     if recipe.quantization.name == "int8" and recipe.strategy.accelerator == "gpu" and old:
         lines.append(f"int8 makes a model smaller on a {old[0]}, not faster")
     return lines
+
+
+def _combined(recipe: Recipe) -> list[Problem]:
+    """Parts that exclude each other."""
+    integer = getattr(recipe.quantization, "attention", "none")
+    if integer != "none" and recipe.attention.name != "sdpa":
+        message = (
+            f"is {integer}, which takes the place of the attention kernel, and attention={recipe.attention.name} asks "
+            "for another. Take attention=sdpa, or quantization.attention=none"
+        )
+        return [Problem("quantization.attention", message)]
+    return []
 
 
 def _refused(section: str, reason: str | None) -> list[Problem]:

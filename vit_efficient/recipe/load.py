@@ -19,7 +19,6 @@ from vit_efficient.recipe.shape import section_at
 from vit_efficient.recipe.yaml12 import dump
 
 
-
 @dataclass(frozen=True)
 class Loaded:
     """A recipe with what a person should be told of how it came about.

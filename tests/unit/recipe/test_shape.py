@@ -52,7 +52,7 @@ def test_a_chosen_member_has_its_own_keys_only() -> None:
         ("strategy.devices", "a whole number of at least 1 or auto"),
         ("optim.name", "one of adamw, adamw8bit"),
         ("optim.betas", "a list of 2, each a number"),
-        ("quantization.keep", "a list, each text"),
+        ("quantization.keep", "a list, each text or auto"),
         ("quantization.lora.targets", "a list, each one of qkv, proj, fc1, fc2"),
         ("model.kwargs", "a mapping"),
     ],

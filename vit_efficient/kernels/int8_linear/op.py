@@ -119,12 +119,12 @@ def _cuda_matmul(q_MK: Tensor, q_NK: Tensor) -> Tensor:
 def quantize_given(x_MK: Tensor, scale: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """`reference.quantize_given` of a matrix with one scale in all. Codes of rows that hold a NaN are unspecified."""
     if torch.compiler.is_compiling():
-        codes, rows = reference.quantize_given(x_MK, scale.reshape(1, 1), largest)
-        return codes, rows.expand(x_MK.shape[0], 1)
+        codes, scale_M1 = reference.quantize_given(x_MK, scale.reshape(1, 1), largest)
+        return codes, scale_M1.expand(x_MK.shape[0], 1)
     q_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
     for rows in _blocks(x_MK):
         q_MK[rows].copy_((x_MK[rows].to(torch.float32) / scale).round_().clamp_(-largest, largest))
-    bad_M1 = x_MK.amax(dim=1, keepdim=True).isnan()  # amax passes a NaN on
+    bad_M1 = x_MK.amax(dim=1, keepdim=True).isnan()  # the maximum passes a NaN on
     return q_MK, torch.where(bad_M1, torch.nan, scale.reshape(1, 1))
 
 
@@ -140,11 +140,13 @@ def quantize_activations(x_MK: Tensor, scheme: Scheme, scale: Tensor | None = No
     return reference.quantize_activations(x_MK, scheme, scale)
 
 
-def quantize_weight(weight_NK: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight_NK: Tensor, scheme: Scheme, scale: Tensor | None = None, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`reference.quantize_weight`."""
-    if scale is None and scheme.weights == "channel" and scheme.group is None:
+    if scale is None and scheme.weights == "channel" and scheme.group is None and not scheme.zero_point:
         return quantize_rows(weight_NK, scheme.largest_weight)
-    return reference.quantize_weight(weight_NK, scheme, scale)
+    return reference.quantize_weight(weight_NK, scheme, scale, zero)
 
 
 def dequantize_weight(q_NK: Tensor, scale_NG: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
@@ -190,10 +192,11 @@ class _Int8Linear(torch.autograd.Function):
         bias_N: Tensor | None,
         input_scale: Tensor | None,
         weight_scale: Tensor | None,
+        weight_zero: Tensor | None,
         scheme: Scheme,
         dtype: torch.dtype,
     ) -> Tensor:
-        q_NK, scale_NG = quantize_weight(weight_NK, scheme, weight_scale)
+        q_NK, scale_NG = quantize_weight(weight_NK, scheme, weight_scale, weight_zero)
         x_MK = x.reshape(-1, x.shape[-1])
         q_MK, scale_M1 = quantize_activations(x_MK, scheme, input_scale)
         y_MN = multiply(q_MK, scale_M1, q_NK, scale_NG, bias_N, scheme, dtype)
@@ -205,13 +208,14 @@ class _Int8Linear(torch.autograd.Function):
         if needs_input_scale:
             clipped_x = x_MK
         elif static and needs_x:
-            clipped_x = (x_MK.abs() / input_scale) > scheme.largest_activation
+            assert input_scale is not None
+            clipped_x = (x_MK.abs() / input_scale).round() > scheme.largest_activation
         ctx.save_for_backward(
             *for_x,
             *for_weight,
             clipped_x,
             input_scale,
-            *((weight_NK, weight_scale) if weight_scale is not None else (None, None)),
+            *((weight_NK, weight_scale, weight_zero) if weight_scale is not None else (None, None, None)),
         )
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight_NK.dtype
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
@@ -220,7 +224,8 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        q_NK, scale_NG, q_MK, scale_M1, x_or_clipped, input_scale, weight_NK, weight_scale = ctx.saved_tensors
+        q_NK, scale_NG, q_MK, scale_M1, x_or_clipped, input_scale, *given = ctx.saved_tensors
+        weight_NK, weight_scale, weight_zero = given
         needs_x, needs_weight, needs_bias, needs_input_scale, needs_weight_scale, *_ = ctx.needs_input_grad
         scheme: Scheme = ctx.scheme
         grad_MN = grad.reshape(-1, grad.shape[-1])
@@ -228,7 +233,8 @@ class _Int8Linear(torch.autograd.Function):
         if needs_x or needs_input_scale:
             grad_MK = grad_MN @ dequantize_weight(q_NK, scale_NG, scheme, grad.dtype)
             if needs_input_scale:
-                grad_MK, grad_input_scale = _given_range(grad_MK, x_or_clipped, input_scale, scheme.largest_activation)
+                largest = torch.tensor(float(scheme.largest_activation), device=grad.device)
+                grad_MK, grad_input_scale = _given_range(grad_MK, x_or_clipped, input_scale, -largest, largest)
                 grad_input_scale = grad_input_scale.sum().view(input_scale.shape)
             elif x_or_clipped is not None:
                 grad_MK = grad_MK.masked_fill(x_or_clipped, 0)
@@ -237,27 +243,40 @@ class _Int8Linear(torch.autograd.Function):
             grad_NK = grad_MN.t() @ dequantize_rows(q_MK, scale_M1, grad.dtype)
             if weight_scale is not None:
                 scale_NK = _spread(weight_scale, weight_NK.shape[1], scheme)
-                grad_NK, towards_scale = _given_range(grad_NK, weight_NK, scale_NK, scheme.largest_weight)
+                low, high = _bounds(weight_zero, weight_NK, scheme)
+                grad_NK, towards_scale = _given_range(grad_NK, weight_NK, scale_NK, low, high)
                 if needs_weight_scale:
                     grad_weight_scale = _gather(towards_scale, weight_scale, scheme)
             grad_weight = grad_NK.to(ctx.weight_dtype) if needs_weight else None
         if needs_bias:
             grad_bias = grad_MN.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_input_scale, grad_weight_scale, None, None
+        return grad_x, grad_weight, grad_bias, grad_input_scale, grad_weight_scale, None, None, None
 
 
-def _given_range(grad: Tensor, x: Tensor, scale: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+def _given_range(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients with respect to x and, not yet summed, to its scale, from that of the dequantized x."""
     steps = x.to(torch.float32) / scale
-    inside = steps.abs() <= largest
+    codes = steps.round()
+    # What is rounded to the last code is not clipped, as the forward rounds before it clamps. Calibrated weights lie on
+    # their codes, within rounding: compared unrounded, chance would decide which of the last ones have a gradient.
+    inside = (codes >= low) & (codes <= high)
     # d(scale * code) / d(scale): the rounding error within the range, the last code beyond it.
-    slope = torch.where(inside, steps.round() - steps, steps.clamp(-largest, largest))
+    slope = torch.where(inside, codes - steps, codes.clamp(low, high))
     return grad * inside, grad.to(torch.float32) * slope
 
 
 def _spread(scale_NG: Tensor, inputs: int, scheme: Scheme) -> Tensor:
     """Scales of a weight, one for every element of it or broadcasting to that."""
     return scale_NG if scheme.group is None else scale_NG.repeat_interleave(scheme.group, dim=1)[:, :inputs]
+
+
+def _bounds(zero_NG: Tensor | None, weight_NK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The least and the largest code of each weight."""
+    if zero_NG is None:
+        largest = torch.tensor(float(scheme.largest_weight), device=weight_NK.device)
+        return -largest, largest
+    zero_NK = _spread(zero_NG, weight_NK.shape[1], scheme)
+    return -zero_NK, 15 - zero_NK
 
 
 def _gather(towards_NK: Tensor, scale_NG: Tensor, scheme: Scheme) -> Tensor:
@@ -287,6 +306,7 @@ def int8_linear(
     scheme: Scheme = DEFAULT,
     input_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The layer in training: quantizes the float weight anew, multiplies integers, differentiable in all its tensors.
@@ -300,13 +320,14 @@ def int8_linear(
         scheme: how both are quantized.
         input_scale: of static activations, one positive float32.
         weight_scale: given scales, (N, G) or (1, 1) float32; None: they follow the weight.
+        weight_zero: given zero points, (N, G), beside given scales of a scheme that has them.
         dtype: of the output; None: autocast's if autocast is on, else that of `x`.
 
     Returns:
         (..., N).
     """
     dtype = output_dtype(x) if dtype is None else dtype
-    return _Int8Linear.apply(x, weight_NK, bias_N, input_scale, weight_scale, scheme, dtype)
+    return _Int8Linear.apply(x, weight_NK, bias_N, input_scale, weight_scale, weight_zero, scheme, dtype)
 
 
 def int8_linear_codes(

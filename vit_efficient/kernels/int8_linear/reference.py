@@ -74,34 +74,72 @@ def quantize_activations(x_MK: Tensor, scheme: Scheme, scale: Tensor | None = No
         assert scale is not None, "static activations have a scale"
         codes, rows = quantize_given(x_MK, scale.reshape(1, 1), largest)
         return codes, rows.expand(x_MK.shape[0], 1)
-    if scheme.activations == "tensor":
+    if scheme.activations == "tensor" and x_MK.numel():  # of nothing there is no largest magnitude
         codes, one = quantize_rows(x_MK.reshape(1, -1), largest)
         return codes.view(x_MK.shape), one.expand(x_MK.shape[0], 1)
     return quantize_rows(x_MK, largest)
 
 
-def quantize_weight(weight_NK: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight_NK: Tensor, scheme: Scheme, scale: Tensor | None = None, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes (N, K) and scales (N, G) of a weight under a scheme, (1, 1) if it has one scale in all.
 
     Args:
         weight_NK: floating point.
         scheme: how.
-        scale: given scales of that shape; None: the largest magnitude decides.
+        scale: given scales of that shape; None: the largest magnitude decides, or with zero points the range.
+        zero: given zero points (N, G), whole numbers, if the scheme has them and scales are given.
     """
     rows, inputs = weight_NK.shape
     largest = scheme.largest_weight
+    if scheme.zero_point:
+        if scale is None or zero is None:
+            scale, zero = weight_range(weight_NK, scheme)
+        steps = grouped(weight_NK.to(torch.float32), scheme.group) / scale.unsqueeze(-1)
+        low, high = -zero.unsqueeze(-1), 15 - zero.unsqueeze(-1)
+        codes = steps.round().clamp(low, high).nan_to_num(0).to(torch.int8)
+        made = torch.where(steps.isnan().any(dim=-1), torch.nan, scale)
+        return codes.view(rows, -1)[:, :inputs].contiguous(), made
     if scheme.weights == "tensor":
         flat = weight_NK.reshape(1, -1)
         codes, made = quantize_rows(flat, largest) if scale is None else quantize_given(flat, scale, largest)
         return codes.view(rows, inputs), made
-    groups = scheme.groups(inputs)
-    size = inputs if scheme.group is None else scheme.group
-    grouped = F.pad(weight_NK, (0, groups * size - inputs)).view(rows, groups, size)
-    if scale is None:
-        codes, made = quantize_rows(grouped, largest)
+    parts = grouped(weight_NK, scheme.group)
+    if scale is None and scheme.group is None:
+        codes, made = quantize_rows(parts, largest)
     else:
-        codes, made = quantize_given(grouped, scale.unsqueeze(-1), largest)
+        scale = _group_scale(parts, largest) if scale is None else scale
+        codes, made = quantize_given(parts, scale.unsqueeze(-1), largest)
     return codes.view(rows, -1)[:, :inputs].contiguous(), made.squeeze(-1)
+
+
+def grouped(x_NK: Tensor, group: int | None) -> Tensor:
+    """(N, G, group): groups of inputs, the last one filled up with zeros; one group of all where `group` is None."""
+    size = x_NK.shape[1] if group is None else group
+    return F.pad(x_NK, (0, -x_NK.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _group_scale(parts_NGg: Tensor, largest: int) -> Tensor:
+    amax = parts_NGg.to(torch.float32).abs().amax(dim=-1)
+    scale = in_16_bits(amax / torch.full_like(amax, largest)).clamp_min(SMALLEST_SCALE)
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def in_16_bits(scale_NG: Tensor) -> Tensor:
+    """Scales of groups, rounded to bfloat16 (and float32 still): with 128 weights a group, 32 bits would be a quarter
+    of a bit a weight. Codes are chosen for the rounded scale."""
+    return scale_NG.to(torch.bfloat16).to(torch.float32)
+
+
+def weight_range(weight_NK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, each (N, G) float32, that cover each group's range with 16 codes; 0 is one of them."""
+    parts = grouped(weight_NK.to(torch.float32), scheme.group)
+    low, high = parts.amin(dim=-1).clamp_max(0), parts.amax(dim=-1).clamp_min(0)
+    scale = (high - low) / torch.full_like(low, 15)
+    scale = (scale if scheme.group is None else in_16_bits(scale)).clamp_min(SMALLEST_SCALE)
+    scale = torch.where((high - low).isfinite(), scale, torch.nan)
+    return scale, (-low / scale).round().clamp(0, 15).nan_to_num(0)
 
 
 def dequantize_weight(q_NK: Tensor, scale_NG: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,8 +168,9 @@ def int8_matmul(q_MK: Tensor, q_NK: Tensor) -> Tensor:
     if width > WIDEST:
         raise ValueError(f"int8_matmul: {width:,} inputs can overflow int32; {WIDEST:,} is the most.")
     total_MN = torch.zeros(q_MK.shape[0], q_NK.shape[0], dtype=torch.int32, device=q_MK.device)
-    for a_MK, b_NK in zip(q_MK.split(EXACT_WIDTH, dim=1), q_NK.split(EXACT_WIDTH, dim=1), strict=True):
-        total_MN += (a_MK.to(torch.float32) @ b_NK.to(torch.float32).T).to(torch.int32)
+    with torch.autocast(q_MK.device.type, enabled=False):  # which would round the codes' sums
+        for a_MK, b_NK in zip(q_MK.split(EXACT_WIDTH, dim=1), q_NK.split(EXACT_WIDTH, dim=1), strict=True):
+            total_MN += (a_MK.to(torch.float32) @ b_NK.to(torch.float32).T).to(torch.int32)
     return total_MN
 
 
@@ -170,13 +209,14 @@ def int8_linear(
     scheme: Scheme = Scheme(),  # noqa: B008 - immutable
     input_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> Tensor:
     """The whole layer: quantize both operands, multiply integers, scale. x (..., K) gives (..., N). No gradient."""
-    q_NK, scale_NG = quantize_weight(weight_NK, scheme, weight_scale)
+    q_NK, scale_NG = quantize_weight(weight_NK, scheme, weight_scale, weight_zero)
     q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme, input_scale)
     if scheme.group is None:
         y_MN = epilogue(int8_matmul(q_MK, q_NK), scale_M1, scale_NG.T, bias_N, dtype)
     else:
         ones_N = torch.ones(q_NK.shape[0], device=x.device)
         y_MN = epilogue(grouped_matmul(q_MK, q_NK, scale_NG, scheme.group), scale_M1, ones_N, bias_N, dtype)
-    return y_MN.reshape(*x.shape[:-1], -1)
+    return y_MN.reshape(*x.shape[:-1], q_NK.shape[0])

@@ -15,6 +15,8 @@ class Scheme:
         activation_bits: the same of the activations.
         weights: one scale an output row (`channel`) or one for all (`tensor`).
         group: inputs that share a weight scale within a row; None: the whole row. The last group may be shorter.
+        zero_point: codes of 4-bit weights are not symmetric but ``q - z``, q and z in 0 .. 15, one z for each scale:
+            all 16 codes are used, and they lie where the weights do.
         activations: one scale a token or one for all tokens, chosen in each forward; or a given one (`static`); or
             not quantized at all (`none`: the product is in floating point, on the dequantized weight).
     """
@@ -23,12 +25,16 @@ class Scheme:
     activation_bits: Literal[8, 4] = 8
     weights: Literal["channel", "tensor"] = "channel"
     group: int | None = None
+    zero_point: bool = False
     activations: Literal["token", "tensor", "static", "none"] = "token"
 
     @classmethod
     def of(cls, described: Any) -> Scheme:
         """From anything with attributes of these names."""
         return cls(**{field.name: getattr(described, field.name) for field in fields(cls)})
+
+    def __post_init__(self) -> None:
+        assert not self.zero_point or (self.weight_bits == 4 and self.weights == "channel")
 
     @property
     def largest_weight(self) -> int:
