@@ -70,15 +70,16 @@ def quantize(options: argparse.Namespace, console: Console) -> None:
     """Run `quantize --recipe R --out MODEL`, with or without `--sensitivity`."""
     if options.recipe is None or options.out is None:
         raise UserError("quantize needs `--recipe R` and `--out MODEL.safetensors`; or `--verify MODEL`.")
+    from vit_efficient.engine.trainer import quiet
+
+    quiet()  # before libraries are imported that talk while they are
     from vit_efficient.engine import quantizing
     from vit_efficient.engine.merging import check_free
     from vit_efficient.engine.rundir import write_json
-    from vit_efficient.engine.trainer import quiet
     from vit_efficient.measure.units import duration
 
     check_free(options.out)
     recipe = resolved(options.recipe, options.overrides, console)
-    quiet()
     started = time.monotonic()
     subject = quantizing.load_subject(recipe)
     for note in subject.notes:
@@ -124,19 +125,20 @@ def table(title: str, found: quantizing.Comparison, seconds: str) -> Table:  # t
 
 def verify(options: argparse.Namespace, console: Console) -> int:
     """Run `quantize --verify MODEL`; the exit code."""
+    from vit_efficient.engine.trainer import quiet
+
+    quiet()
     from vit_efficient.attention.sdpa import SdpaConfig
     from vit_efficient.engine import quantizing
     from vit_efficient.engine.deployed import load_file
     from vit_efficient.engine.setup import build_data
     from vit_efficient.engine.subject import find
-    from vit_efficient.engine.trainer import quiet
     from vit_efficient.engine.verify import run_verify
 
     path, described = find(str(options.verify), "--verify")
     if path.suffix != ".safetensors" or described is None:
         raise UserError(f"--verify {options.verify}: give a model file, or the folder of a finished run.")
     recipe = resolved(options.recipe or str(described), options.overrides, console)
-    quiet()
     deployed = load_file(path, attention=SdpaConfig() if options.onnx else recipe.attention)
     data = build_data(recipe)
     data.image = deployed.image

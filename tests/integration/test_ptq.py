@@ -26,8 +26,6 @@ CALIBRATION = 200
 
 # name, overrides, least agreement, largest KL divergence
 SCHEMES = {
-    "dynamic": (("quantization=int8",), 0.985, 0.0021),
-    "dynamic calibrated": (("quantization=int8", "quantization.calibration={}"), 0.98, 0.0020),
     "static": (("quantization=int8", "quantization.activations=static"), 0.97, 0.010),
     "hybrid": (("quantization=int8", "quantization.activations=hybrid"), 0.97, 0.008),
     "int4": (("quantization=int4", "quantization.type=int", "quantization.group=64"), 0.91, 0.07),

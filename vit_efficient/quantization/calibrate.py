@@ -56,8 +56,8 @@ def calibrate(
 ) -> Calibrated:
     """Calibrate the trainable integer layers, and static integer attention, of a model in place.
 
-    Deterministic. The model is left in the mode (training or evaluation) that it was in; its parameters change:
-    weights are smoothed and rounded, biases corrected.
+    Deterministic. Each module is left in the mode (training or evaluation) that it was in; parameters change: weights
+    are smoothed and rounded, biases corrected.
 
     Args:
         model: as a backend's `apply` left it, with trained weights; images (B, 3, S, S) to logits.
@@ -71,7 +71,7 @@ def calibrate(
     images = _check(batches)
     batches = with_views(batches, config.views)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Patches))}
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for layer in layers.values():
         layer.observing = True
@@ -79,7 +79,7 @@ def calibrate(
         _calibrate_attention(model, batches, config)
         weights: Mapping[str, Tensor] = {}
         if config.importance and layers:
-            weights = token_importance(model, layers, [batch.clone() for batch in batches])
+            weights = token_importance(model, layers, batches)
         fits: list[Fit] = []
         groups = _by_block(layers)
         for done, group in enumerate(groups):
@@ -92,7 +92,8 @@ def calibrate(
     finally:
         for layer in layers.values():
             layer.observing = False
-        model.train(training)
+        for module, training in modes.items():  # one by one: a part may be in another mode than the whole
+            module.training = training
     return Calibrated(images, fits)
 
 
@@ -209,12 +210,18 @@ def _calibrate_attention(model: nn.Module, batches: Sequence[Tensor], config: Ca
 
     for attend in static.values():
         attend.observing = True
-    with observe_attention(model, see):
-        for batch in batches:
-            model(batch)
+    try:
+        with observe_attention(model, see):
+            for batch in batches:
+                model(batch)
+    finally:
+        for attend in static.values():
+            attend.observing = False
     for name, operands in found.items():
-        static[name].observing = False
-        scales = {operand: threshold(torch.cat(rows), LARGEST_CODE, config) for operand, rows in operands.items()}
+        try:
+            scales = {operand: threshold(torch.cat(rows), LARGEST_CODE, config) for operand, rows in operands.items()}
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         if not all(scales.values()):
             raise UserError(f"{name}: queries, keys or values are zero on every calibration image.")
         static[name].set_scales(**{operand: limit / LARGEST_CODE for operand, limit in scales.items()})

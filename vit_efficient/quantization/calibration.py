@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from vit_efficient.config import Config
 
@@ -49,3 +49,10 @@ class CalibrationConfig(Config):
         description="Count each token's error by how much it matters to the logits (Fisher information), and not all "
         "alike.",
     )
+
+    @field_validator("smooth")
+    @classmethod
+    def _exponent(cls, smooth: float | str | None) -> float | str | None:
+        if isinstance(smooth, (int, float)) and not 0 <= smooth <= 1:
+            raise ValueError(f"is an exponent from 0 to 1, `auto` or null, and not {smooth:g}")
+        return smooth

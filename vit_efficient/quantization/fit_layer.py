@@ -5,8 +5,6 @@ Shapes: T tokens (rows), K inputs, N outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +14,7 @@ from vit_efficient.kernels.int8_linear.op import dequantize_weight, quantize_act
 from vit_efficient.kernels.int8_linear.reference import SMALLEST_SCALE
 from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization import gptq
+from vit_efficient.quantization.calibratable import Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.int8_layers import Int8Linear, Int8Patches
 from vit_efficient.quantization.observers import largest_magnitude, threshold
@@ -24,17 +23,6 @@ from vit_efficient.quantization.observers import largest_magnitude, threshold
 EXPONENTS = (None, 0.5, 0.65, 0.8, 0.9, 1.0)
 WEIGHT_ONLY_EXPONENTS = (None, 0.1, 0.2, 0.3, 0.4, 0.5)
 SEARCH_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What was chosen for a layer. Errors are of its output, relative to the output's own power."""
-
-    name: str
-    exponent: float | None
-    error: float
-    constant: bool
-    """Whether its inputs were all zero, or all the same after the shift: nothing could be learned of their range."""
 
 
 @torch.no_grad()

@@ -101,8 +101,7 @@ def quantize(weight_NK: Tensor, h_KK: Tensor, scheme: Scheme) -> tuple[Tensor, G
     better_N = _errors(weight_NK, h_KK, compensated_NK * scale_NK) < _errors(weight_NK, h_KK, nearest_NK * scale_NK)
     codes_NK = torch.where(better_N.unsqueeze(1), compensated_NK, nearest_NK)
     for _ in range(SWEEPS):
-        scale_NG = _refit(weight_NK, h_KK, codes_NK, scale_NG, group)
-        scale_NG = scale_NG if scheme.group is None else in_16_bits(scale_NG)
+        scale_NG = _refit(weight_NK, h_KK, codes_NK, scale_NG, group, short=scheme.group is not None)
         codes_NK = _descend(weight_NK, h_KK, codes_NK, _spread(scale_NG, group, inputs), limits)
     return codes_NK, replace(grid, scale=scale_NG)
 
@@ -138,7 +137,9 @@ def _compensated(weight_NK: Tensor, h_KK: Tensor, scale_NK: Tensor, limits: Limi
     return codes_NK[:, order.argsort()]
 
 
-def _refit(weight_NK: Tensor, h_KK: Tensor, codes_NK: Tensor, scale_NG: Tensor, group: int) -> Tensor:
+def _refit(
+    weight_NK: Tensor, h_KK: Tensor, codes_NK: Tensor, scale_NG: Tensor, group: int, *, short: bool = False
+) -> Tensor:
     """Least-squares scales for given codes; a scale that would leave the neighbourhood of the old one is kept."""
     parts_NGg = grouped(codes_NK, group)
     towards_NG = (grouped(weight_NK @ h_KK, group) * parts_NGg).sum(dim=-1)
@@ -151,8 +152,8 @@ def _refit(weight_NK: Tensor, h_KK: Tensor, codes_NK: Tensor, scale_NG: Tensor, 
     diagonal += 1e-6 * diagonal.mean(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny
     new_NG = torch.linalg.solve(normal_NGG.double(), towards_NG.double()).float()
     near = (new_NG > 0.5 * scale_NG) & (new_NG < 2 * scale_NG)
-    new_NG = torch.where(near, new_NG, scale_NG)
-    # Where some were kept, the others no longer are the best beside them.
+    new_NG = torch.where(near, in_16_bits(new_NG) if short else new_NG, scale_NG)
+    # Where some were kept, or all were rounded to 16 bits, the new ones need not be better.
     before_N, after_N = (
         _errors(weight_NK, h_KK, codes_NK * _spread(scale, group, codes_NK.shape[1])) for scale in (scale_NG, new_NG)
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 DRAWS = 2
+AT_ONCE = 16  # images: a whole forward is kept for its backward
 
 
 def token_importance(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -44,8 +45,8 @@ def token_importance(model: nn.Module, layers: Mapping[str, nn.Module], batches:
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.enable_grad():
-            for images in batches:
-                logits_BC = model(images.requires_grad_()).float()
+            for images in (part for batch in batches for part in batch.split(AT_ONCE)):
+                logits_BC = model(images.detach().requires_grad_()).float()
                 p_BC = logits_BC.detach().softmax(dim=1)
                 sums: dict[str, Tensor] = {}
                 for draw in range(DRAWS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -66,6 +66,21 @@ class Int4Config(Config):
     train: Train = TRAIN
     critical: tuple[str, ...] = CRITICAL
     distill: DistillConfig | None = DISTILL
+
+    @field_validator("group", "zero_point", "calibration")
+    @classmethod
+    def _of_integers(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if info.data.get("type", "int") != "int" and value != cls.model_fields[info.field_name].default:
+            raise ValueError(f"is for quantization.type=int, and that is {info.data['type']}; leave it out")
+        return value
+
+    @field_validator("double_quant")
+    @classmethod
+    def _of_bitsandbytes(cls, double_quant: bool, info: ValidationInfo) -> bool:
+        if not double_quant and info.data.get("type") == "int":
+            raise ValueError("is for nf4 and fp4, and quantization.type is int, whose scales are not quantized")
+        return double_quant
 
     @field_validator("lora")
     @classmethod

@@ -37,6 +37,8 @@ from vit_efficient.kernels.int8_linear.op import (
 from vit_efficient.kernels.int8_linear.packing import pack, unpack
 from vit_efficient.kernels.int8_linear.reference import in_16_bits, weight_range
 from vit_efficient.kernels.int8_linear.scheme import Scheme
+from vit_efficient.quantization.calibratable import Calibratable, Fit
+from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.select import Layer, is_patches
 from vit_efficient.quantization.stored import StoredInt8
 from vit_efficient.quantization.surgery import replace
@@ -120,7 +122,7 @@ class IntegerLayer(nn.Module):
         return self
 
 
-class _Trainable(IntegerLayer):
+class _Trainable(IntegerLayer, Calibratable):
     """A float weight that each forward quantizes anew."""
 
     learned_ranges = ("log_input_scale", "log_weight_scale")  # for the optimizer: no weight decay, and they may freeze
@@ -141,6 +143,15 @@ class _Trainable(IntegerLayer):
         self.register_parameter("log_input_scale", None)
         self.register_parameter("log_weight_scale", None)
         self.train(layer.training)
+
+    @property
+    def static(self) -> bool:
+        return self.scheme.activations == "static"
+
+    def fit(self, name: str, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig) -> Fit:
+        from vit_efficient.quantization.fit_layer import fit_layer
+
+        return fit_layer(name, self, x_TK, weight_T, config)
 
     @torch.no_grad()
     def learn_scales(self) -> None:

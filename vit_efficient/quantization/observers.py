@@ -13,6 +13,7 @@ from vit_efficient.quantization.calibration import CalibrationConfig
 
 BINS = 4096
 CANDIDATES = 64
+WEIGHT_UNIT = 2.0**16
 # Below this part of the largest magnitude no range is tried.
 NARROWEST = 1 / 32
 
@@ -54,8 +55,12 @@ def histogram(x: Tensor, weight_T: Tensor | None = None) -> tuple[Tensor, float]
         counts[0] = x.numel()
         return counts, 0.0
     places = (magnitude / largest * BINS).to(torch.int32).clamp_max_(BINS - 1).flatten()
-    weights = None if weight_T is None else weight_T.unsqueeze(1).expand_as(x).reshape(-1).double()
-    return torch.bincount(places, weights, minlength=BINS).double().cpu(), largest
+    if weight_T is None:
+        return torch.bincount(places, minlength=BINS).double().cpu(), largest
+    # As whole numbers, whose sums are exact in any order: a GPU adds in another one every time.
+    whole_T = (weight_T * WEIGHT_UNIT).round().double()
+    counts = torch.bincount(places, whole_T.unsqueeze(1).expand_as(x).reshape(-1), minlength=BINS)
+    return counts.double().cpu() / WEIGHT_UNIT, largest
 
 
 def threshold(x: Tensor, largest_code: int, config: CalibrationConfig, weight_T: Tensor | None = None) -> float:

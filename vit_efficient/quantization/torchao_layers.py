@@ -117,7 +117,9 @@ class TorchaoLinear(nn.Module):
         # The weight is of float32, and some schemes multiply by its floats: autocast brings the two together.
         half = x.dtype if x.dtype != torch.float32 else None
         with torch.autocast(kind, half, enabled=half is not None):
-            return F.linear(x, self.weight, self.bias).to(x.dtype)
+            # torchao's fp8 product takes a bias of its output's dtype only.
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight, bias).to(x.dtype)
 
     def to_deployed(self) -> TorchaoLinear:
         """Itself: the weight is quantized from the start."""

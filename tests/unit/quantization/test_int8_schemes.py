@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.kernels.int8_linear.op import dequantize_weight
+from vit_efficient.kernels.int8_linear.reference import in_16_bits
 from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
@@ -222,6 +223,8 @@ def test_gradients(name: str, learned: bool) -> None:
     if learned:
         steps["log_weight_scale"] = layer.log_weight_scale.detach().double().requires_grad_()
         scale = steps["log_weight_scale"].exp()
+        if scheme.group is not None:
+            scale = straight(scale, in_16_bits(layer.log_weight_scale.detach().exp()).double())
         low, high = torch.tensor(-scheme.largest_weight), torch.tensor(scheme.largest_weight)
         if layer.weight_zero is not None:
             low, high = -layer.weight_zero, 15 - layer.weight_zero
@@ -232,7 +235,7 @@ def test_gradients(name: str, learned: bool) -> None:
         rounded = stepped(weight, scale, low, high)
     else:
         rounded = straight(
-            weight, dequantize_weight(deployed.weight_codes(), deployed.weight_scale, scheme, torch.float64)
+            weight, dequantize_weight(deployed.weight_codes(), deployed.weight_scale.float(), scheme, torch.float64)
         )
     expected = seen @ rounded.T + bias
     expected.backward(towards.double())

@@ -115,12 +115,12 @@ def test_ranges_lie_within_the_values(observer: str) -> None:
             assert 0 < found(observer, x, code=code) <= float(x.abs().max()) * (1 + 1e-6)
 
 
-def test_percentile_of_all_is_the_largest_magnitude_whatever_rows_count() -> None:
-    """Sums of weights round, and the last bin's share of them may stay below 1."""
-    for seed in range(20):
+def test_percentile_of_all_is_at_most_the_largest_magnitude() -> None:
+    """Sums of weights round, and the last bin's share of them may stay below 1; weights too small to count do not."""
+    for seed in range(100):
         torch.manual_seed(seed)
-        x, weight = torch.randn(500, 3), torch.rand(500)
-        assert found("percentile", x, weight, percentile=100) == float(x.abs().max())
+        x, weight = torch.randn(500, 3), torch.rand(500) ** 30
+        assert 0.5 * float(x.abs().max()) < found("percentile", x, weight, percentile=100) <= float(x.abs().max())
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)

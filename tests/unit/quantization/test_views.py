@@ -47,6 +47,10 @@ def test_views_are_crops_resized_back_and_mirrored_half_the_time() -> None:
     assert 0.97 < float(area.max()) < 1.01
     assert 0.4 < float((right < 0).float().mean()) < 0.6
     assert float(view[:, :2, centre, centre].abs().max()) <= 1.01  # nothing from beyond the image
+    # Nor anything mirrored at an edge: the ramps are straight from end to end.
+    for ramp in (view[:, 0, :, 24], view[:, 1, 24, :]):
+        middle = (ramp[:, 23] + ramp[:, 24]) / 2
+        torch.testing.assert_close((ramp[:, 3] + ramp[:, 44]) / 2, middle, rtol=0, atol=0.02)
     places = view[:, 0, 24, 24]
     assert float(places.std()) > 0.05  # at different heights
 

@@ -1,0 +1,45 @@
+"""Bytes of a quantized ViT-L/16, on disk and on the device, with the default `keep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from vit_efficient.attention.sdpa import SdpaConfig
+from vit_efficient.attention.swap import swap_attention
+from vit_efficient.measure.memory import weight_bytes
+from vit_efficient.quantization.deploy import deployed_state
+from vit_efficient.quantization.int4 import Int4Config
+from vit_efficient.quantization.int8 import Int8Config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (Int8Config(), 0.26),
+        (Int8Config(activations="static"), 0.26),
+        (Int4Config(type="int", group=128), 0.14),
+        (Int4Config(lora=None), 0.14),
+    ],
+    ids=["int8", "int8 static", "int4 g128", "nf4"],
+)
+def test_share_of_fp32(config: Any, most: float, tmp_path: Path) -> None:
+    model = timm.create_model("vit_large_patch16_224")
+    fp32 = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert fp32 == pytest.approx(1.217e9, rel=0.001)
+    swap_attention(model, SdpaConfig().build())
+    config.apply(model, compute_dtype=torch.float32)
+    config.finalize(model)
+    tensors, metadata = deployed_state(model)
+    save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+    on_disk = (tmp_path / "model.safetensors").stat().st_size
+    print(f"{on_disk / fp32:.4f} on disk, {weight_bytes(model) / fp32:.4f} on the device")
+    assert on_disk / fp32 <= most
+    assert weight_bytes(model) / fp32 <= most
