@@ -1,4 +1,4 @@
-"""Calibration of a model with integer layers: block after block, each on what the calibrated ones before it give.
+"""Calibration of a model with quantized layers: block after block, each on what the calibrated ones before it give.
 
 Shapes: B images, T tokens of all of them (rows), K inputs.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE
+from vit_efficient.quantization.calibratable import Calibratable, Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
-from vit_efficient.quantization.fit_layer import Fit, fit_layer
 from vit_efficient.quantization.importance import token_importance
 from vit_efficient.quantization.int8_attention import OPERANDS, integer_attention, observe_attention
 from vit_efficient.quantization.int8_layers import Int8Linear, Int8Patches, to_patches
@@ -26,7 +26,6 @@ from vit_efficient.quantization.views import with_views
 FEWEST = 16  # images
 ROWS_BYTES = 2**28  # of one layer's inputs at most; beyond it rows are left out evenly
 
-Trainable = Int8Linear | Int8Patches
 Progress = Callable[[int, int], None]
 
 
@@ -54,7 +53,7 @@ def calibrate(
     config: CalibrationConfig,
     progress: Progress = lambda done, total: None,
 ) -> Calibrated:
-    """Calibrate the trainable integer layers, and static integer attention, of a model in place.
+    """Calibrate the trainable integer or fp8 layers, and static integer attention, of a model in place.
 
     Deterministic. Each module is left in the mode (training or evaluation) that it was in; parameters change: weights
     are smoothed and rounded, biases corrected.
@@ -70,7 +69,7 @@ def calibrate(
     """
     images = _check(batches)
     batches = with_views(batches, config.views)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Patches))}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Calibratable)}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for layer in layers.values():
@@ -110,9 +109,9 @@ def _check(batches: Sequence[Tensor]) -> int:
     return images
 
 
-def _by_block(layers: Mapping[str, Trainable]) -> list[dict[str, Trainable]]:
+def _by_block(layers: Mapping[str, Calibratable]) -> list[dict[str, Calibratable]]:
     """Layers that are calibrated together: what comes before the blocks, each block, what comes after."""
-    groups: dict[tuple[int, int], dict[str, Trainable]] = {}
+    groups: dict[tuple[int, int], dict[str, Calibratable]] = {}
     before = True
     for name, layer in layers.items():
         block = block_index(name)
@@ -123,13 +122,13 @@ def _by_block(layers: Mapping[str, Trainable]) -> list[dict[str, Trainable]]:
 
 
 def _fit(
-    name: str, layer: Trainable, x_TK: Tensor, step: int, weight_T: Tensor | None, config: CalibrationConfig
+    name: str, layer: Calibratable, x_TK: Tensor, step: int, weight_T: Tensor | None, config: CalibrationConfig
 ) -> Fit:
     try:
-        found = fit_layer(name, layer, x_TK, None if weight_T is None else weight_T[::step], config)
+        found = layer.fit(name, x_TK, None if weight_T is None else weight_T[::step], config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    if found.constant and layer.scheme.activations == "static":
+    if found.constant and layer.static:
         raise UserError(
             f"{name} saw the same input for every token of every calibration image, so its range is unknown. Calibrate "
             f"on other images, name it in quantization.keep, or use quantization.activations=dynamic."
@@ -139,7 +138,7 @@ def _fit(
 
 @torch.no_grad()
 def _inputs(
-    model: nn.Module, group: Mapping[str, Trainable], batches: Sequence[Tensor]
+    model: nn.Module, group: Mapping[str, Calibratable], batches: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor, int]]:
     """What each layer of a group is given: rows (T, K) float32, every `step`-th of them, and that step.
 
@@ -151,7 +150,7 @@ def _inputs(
     steps: dict[str, int] = {}
     counted = dict.fromkeys(group, 0)
 
-    def see(name: str, module: Trainable, x: Tensor, images: int) -> None:
+    def see(name: str, module: Calibratable, x: Tensor, images: int) -> None:
         tokens = to_patches(x, module.shape[2:])[0] if module.deployed == "patches" else x
         rows = tokens.reshape(-1, tokens.shape[-1])
         if name not in steps:
@@ -175,7 +174,7 @@ def _inputs(
 
 
 @contextmanager
-def _hooks(group: Mapping[str, Trainable], see):  # type: ignore[no-untyped-def]
+def _hooks(group: Mapping[str, Calibratable], see):  # type: ignore[no-untyped-def]
     """Call `see` before each layer of a group, and end the forward after the last of them."""
     state: dict[str, object] = {"images": 0, "waiting": set()}
 

@@ -16,7 +16,7 @@ from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization import gptq
 from vit_efficient.quantization.calibratable import Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
-from vit_efficient.quantization.int8_layers import Int8Linear, Int8Patches
+from vit_efficient.quantization.int8_layers import TrainableInt8
 from vit_efficient.quantization.observers import largest_magnitude, threshold
 
 # Of smoothing, tried by `auto`: first nothing.
@@ -27,7 +27,7 @@ SEARCH_ROWS = 4096
 
 @torch.no_grad()
 def fit_layer(
-    name: str, layer: Int8Linear | Int8Patches, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig
+    name: str, layer: TrainableInt8, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig
 ) -> Fit:
     """Set a layer's shift, smoothing, input scale, weight (with its scales) and bias, in place.
 
@@ -69,7 +69,7 @@ def fit_layer(
 
 
 def _set(
-    layer: Int8Linear | Int8Patches,
+    layer: TrainableInt8,
     weight_NK: Tensor,
     bias_N: Tensor,
     shift_K: Tensor | None,

@@ -1,128 +1,33 @@
-"""Integer layers: the trainable ones, which keep a float weight and quantize it in each forward, and the deployed ones.
+"""Trainable integer layers, which keep a float weight and quantize it in each forward; from float and to deployed ones.
 
 Both forwards are the same integer arithmetic (`kernels.int8_linear`), so what is trained is what is deployed, bit for
-bit. Legend: B batch, C channels, H and W pixels, D outputs, P patch side, M tokens, K inputs, N outputs, G groups.
-
-What a layer may have beside weight and bias, all float32 whatever the model is cast to:
-
-- `shift` (K,): subtracted from the inputs; the bias has what that takes away (Outlier Suppression+, arXiv:2304.09145).
-- `smooth` (K,): inputs are divided by it, and the weight has been multiplied by it (SmoothQuant, arXiv:2211.10438).
-- `input_scale` (): the step of static activations.
-- `weight_scale` (N, G), or (1, 1): given steps of the weight; without them its largest magnitude decides.
-- `weight_zero` (N, G): zero points beside given steps, of 4-bit weights that have them; bytes in deployed form.
-- `log_input_scale`, `log_weight_scale`: the logarithms of these two where they are learned. A step is positive, and
-  the optimizer's rate is then a relative change of it, the same for weights and activations of any size (Jain et al.,
-  arXiv:1903.08066, section 3, argue so for thresholds). The factor 1 / sqrt(values x largest code) by which LSQ (Esser
-  et al., arXiv:1902.08153, section 2.2) scales the gradient of a step is left out on purpose: Adam divides by the
-  gradient's size, so the factor would change nothing.
+bit. Legend: N outputs, K inputs, T tokens. `int8_base` says what a layer may hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.kernels.int8_linear.op import (
-    dequantize_weight,
-    int8_linear,
-    int8_linear_codes,
-    output_dtype,
-    quantize_activations,
-    quantize_weight,
-)
-from vit_efficient.kernels.int8_linear.packing import pack, unpack
+from vit_efficient.kernels.int8_linear.op import dequantize_weight, int8_linear, quantize_weight
+from vit_efficient.kernels.int8_linear.packing import pack
 from vit_efficient.kernels.int8_linear.reference import in_16_bits, weight_range
 from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization.calibratable import Calibratable, Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
+from vit_efficient.quantization.int8_base import IntegerLayer, bias_as
+from vit_efficient.quantization.int8_base import to_image as to_image
+from vit_efficient.quantization.int8_base import to_patches as to_patches
+from vit_efficient.quantization.int8_deployed import DeployedInt8
 from vit_efficient.quantization.select import Layer, is_patches
-from vit_efficient.quantization.stored import StoredInt8
 from vit_efficient.quantization.surgery import replace
 
-FLOAT32 = ("shift", "smooth", "input_scale", "weight_scale", "log_input_scale", "log_weight_scale")
 
-
-class IntegerLayer(nn.Module):
-    """What trainable and deployed integer layers share."""
-
-    scheme: Scheme
-    weight: Tensor
-    bias: Any  # a parameter, a buffer, or None
-    shift: Tensor | None
-    smooth: Tensor | None
-    input_scale: Tensor | None
-    weight_scale: Tensor | None
-    weight_zero: Tensor | None
-    float32_too: tuple[str, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the float weight: (N, K), or (D, C, P, P) for patches."""
-        return tuple(self.weight.shape)
-
-    @property
-    def deployed(self) -> Literal["linear", "patches"]:
-        return "patches" if len(self.shape) == 4 else "linear"
-
-    def describe(self) -> StoredInt8:
-        """How the deployed form is stored."""
-        scheme = {key: getattr(self.scheme, key) for key in self.scheme.__dataclass_fields__}
-        return StoredInt8(shape=self.shape, smooth=self.smooth is not None, shift=self.shift is not None, **scheme)
-
-    def smoothed(self, x: Tensor) -> Tensor:
-        """The input (..., K) that is quantized: less `shift`, divided by `smooth`, each rounded to float32."""
-        if self.shift is not None:
-            x = x.to(torch.float32) - self.shift
-        return x if self.smooth is None else x.to(torch.float32) / self.smooth
-
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters the product: int8 codes (M, K) and their scales (M, 1) float32.
-
-        Args:
-            x: the layer's input: (..., K), or images (B, C, H, W) for patches.
-
-        Raises:
-            ValueError: its activations are not quantized.
-        """
-        tokens = to_patches(x, self.shape[2:])[0] if self.deployed == "patches" else x
-        tokens = self.smoothed(tokens)
-        return quantize_activations(tokens.reshape(-1, tokens.shape[-1]), self.scheme, self.current_input_scale())
-
-    def current_input_scale(self) -> Tensor | None:
-        """The step of static activations, learned or not."""
-        return self.input_scale
-
-    def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., K) to (..., N) in `dtype`."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = output_dtype(x)  # before `smooth` makes it float32
-        if self.deployed == "linear":
-            return self.multiply(self.smoothed(x), dtype)
-        tokens, grid = to_patches(x, self.shape[2:])
-        return to_image(self.multiply(self.smoothed(tokens), dtype), grid)
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Scales stay float32, whatever dtype the model is cast to; they follow it to its device."""
-        before = {name: getattr(self, name, None) for name in (*FLOAT32, *self.float32_too)}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            now = getattr(self, name, None)
-            if isinstance(tensor, Tensor) and not tensor.is_meta and isinstance(now, Tensor) and not now.is_meta:
-                kept = tensor.detach().to(now.device)  # a cast would have rounded it
-                if isinstance(now, nn.Parameter):
-                    now.data = kept
-                else:
-                    setattr(self, name, kept)
-        return self
-
-
-class _Trainable(IntegerLayer, Calibratable):
+class TrainableInt8(IntegerLayer, Calibratable):
     """A float weight that each forward quantizes anew."""
 
     learned_ranges = ("log_input_scale", "log_weight_scale")  # for the optimizer: no weight decay, and they may freeze
@@ -237,94 +142,12 @@ class _Trainable(IntegerLayer, Calibratable):
         return made.train(self.training)
 
 
-class Int8Linear(_Trainable, nn.Linear):
+class Int8Linear(TrainableInt8, nn.Linear):
     """`nn.Linear` whose forward, in training and in evaluation, runs on integers. The same parameters by name."""
 
 
-class Int8Patches(_Trainable, nn.Conv2d):
+class Int8Patches(TrainableInt8, nn.Conv2d):
     """A convolution with kernel = stride, as an integer linear layer on patches: each patch is a token."""
-
-
-class DeployedInt8(IntegerLayer):
-    """An integer layer without its float weight.
-
-    Buffers: `weight`, int8 codes in the shape of the float weight (or two 4-bit codes a byte, (N, ceil(K / 2)) uint8);
-    `weight_scale`; `bias` (N,) float32 or None; `shift`, `smooth` and `input_scale` if it has them.
-
-    Args:
-        shape: of the float weight.
-        bias: whether there is one.
-        scheme: the arithmetic.
-        smooth: whether inputs are divided by a vector.
-        shift: whether a vector is subtracted from them.
-    """
-
-    weight_scale: Tensor
-    float32_too = ("bias",)
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        bias: bool,
-        scheme: Scheme | None = None,
-        smooth: bool = False,
-        shift: bool = False,
-    ) -> None:
-        super().__init__()
-        self.scheme = scheme = Scheme() if scheme is None else scheme
-        self._shape = tuple(shape)
-        rows, inputs = shape[0], self.in_features
-        packed = torch.zeros(rows, (inputs + 1) // 2, dtype=torch.uint8)
-        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8) if scheme.weight_bits == 8 else packed)
-        scales = (1, 1) if scheme.weights == "tensor" else (rows, scheme.groups(inputs))
-        # Of groups in 16 bits, which is exact: see `in_16_bits`.
-        dtype = torch.float32 if scheme.group is None else torch.bfloat16
-        self.register_buffer("weight_scale", torch.ones(scales, dtype=dtype))
-        zeros = torch.zeros(scales, dtype=torch.uint8) if scheme.zero_point else None
-        self.register_buffer("weight_zero", zeros)
-        self.register_buffer("bias", torch.zeros(rows) if bias else None)
-        self.register_buffer("shift", torch.zeros(inputs) if shift else None)
-        self.register_buffer("smooth", torch.ones(inputs) if smooth else None)
-        self.register_buffer("input_scale", torch.ones(()) if scheme.activations == "static" else None)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def out_features(self) -> int:
-        return self._shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return int(torch.Size(self._shape[1:]).numel())
-
-    def to_deployed(self) -> DeployedInt8:
-        return self
-
-    def weight_codes(self) -> Tensor:
-        """The weight's codes, (N, K) int8."""
-        if self.scheme.weight_bits == 8:
-            return self.weight.flatten(1)
-        return unpack(self.weight, self.in_features, self.offsets())
-
-    def offsets(self) -> Tensor | int:
-        """What is added to a 4-bit code to store it: its zero point, (N, K) int8, or 8."""
-        if self.weight_zero is None:
-            return 8
-        zero_NG, group = self.weight_zero.to(torch.int8), self.scheme.group or self.in_features
-        return zero_NG.repeat_interleave(group, dim=1)[:, : self.in_features]
-
-    def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        codes, scale = self.weight_codes(), self.weight_scale.to(torch.float32)
-        if self.scheme.activations == "none":
-            weight = dequantize_weight(codes, scale, self.scheme, dtype)
-            return F.linear(tokens.to(dtype), weight, bias_as(self.bias, dtype))
-        return int8_linear_codes(tokens, codes, scale, self.bias, self.scheme, self.input_scale, dtype)
-
-    def extra_repr(self) -> str:
-        bits = f"W{self.scheme.weight_bits}A{self.scheme.activation_bits}"
-        return f"{self.shape}, bias={self.bias is not None}, {bits}, activations={self.scheme.activations}"
 
 
 class WeightOnly(torch.autograd.Function):
@@ -340,24 +163,6 @@ class WeightOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return grad, None, None, None
-
-
-def bias_as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
-
-
-def to_patches(x_BCHW: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
-    """Cut images into patches (B, rows * columns, C * P * P) and their grid; what is left over is cut off."""
-    batch, channels, height, width = x_BCHW.shape
-    rows, columns = height // patch[0], width // patch[1]
-    x = x_BCHW[:, :, : rows * patch[0], : columns * patch[1]]
-    x = x.reshape(batch, channels, rows, patch[0], columns, patch[1]).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(batch, rows * columns, -1), (rows, columns)
-
-
-def to_image(x_BMD: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens back to (B, D, rows, columns), as the convolution would have returned them."""
-    return x_BMD.transpose(1, 2).unflatten(2, grid)
 
 
 def trainable(layer: nn.Module, scheme: Scheme | None = None) -> Int8Linear | Int8Patches:
