@@ -28,6 +28,7 @@ CALIBRATION = 200
 SCHEMES = {
     "static": (("quantization=int8", "quantization.activations=static"), 0.97, 0.010),
     "hybrid": (("quantization=int8", "quantization.activations=hybrid"), 0.97, 0.008),
+    "fp8": (("quantization=fp8", "quantization.calibration={}"), 0.97, 0.009),
     "int4": (("quantization=int4", "quantization.type=int", "quantization.group=64"), 0.91, 0.07),
 }
 

@@ -26,9 +26,7 @@ SEARCH_ROWS = 4096
 
 
 @torch.no_grad()
-def fit_layer(
-    name: str, layer: TrainableInt8, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig
-) -> Fit:
+def fit_layer(name: str, layer: TrainableInt8, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig) -> Fit:
     """Set a layer's shift, smoothing, input scale, weight (with its scales) and bias, in place.
 
     Args:

@@ -20,12 +20,17 @@ from vit_efficient.quantization.base import (
     needs_auto,
     precision_refusal,
 )
+from vit_efficient.quantization.calibration import CalibrationConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from vit_efficient.machine import Machine
+
+
+# Keys of `calibration` that this scheme has no use for.
+OF_INTEGERS = ("observer", "percentile", "smooth")
 
 
 class Fp8Config(Config):
@@ -46,9 +51,29 @@ class Fp8Config(Config):
     accumulation: Literal["full", "fast"] = Field(
         "full", description="Sums in float32, or in the fewer bits of the GPU's matrix units; a CPU has float32 only."
     )
+    calibration: CalibrationConfig | None = Field(
+        None,
+        description="What is found on images before training or deployment: shift, rounding and bias. Unset: nothing.",
+    )
     distill: DistillConfig | None = DISTILL
 
     _budget = field_validator("budget")(needs_auto)
+
+    @field_validator("calibration")
+    @classmethod
+    def _is_read(cls, calibration: CalibrationConfig | None) -> CalibrationConfig | None:
+        for key in OF_INTEGERS if calibration is not None else ():
+            if getattr(calibration, key) != CalibrationConfig.model_fields[key].default:
+                raise ValueError(
+                    f"has {key}, which is for integers: fp8 has no static range, and smoothing changes "
+                    "nothing where errors are relative; leave it out"
+                )
+        return calibration
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether images are wanted before the model answers."""
+        return self.calibration is not None
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
         """Make the selected layers fp8 layers that share their float parameters, in place.

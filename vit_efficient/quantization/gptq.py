@@ -13,6 +13,7 @@ Shapes: N outputs, K inputs, G groups of `group` inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from vit_efficient.kernels.int8_linear.reference import SMALLEST_SCALE, grouped,
 from vit_efficient.kernels.int8_linear.scheme import Scheme
 
 Limits = tuple[Tensor, Tensor]
+Nearest = Callable[[Tensor], Tensor]  # of values in units of the scale: the codes that stand nearest
 DAMPING = 0.01
 SWEEPS = 2
 BLOCK = 128
@@ -90,9 +92,7 @@ def quantize(weight_NK: Tensor, h_KK: Tensor, scheme: Scheme) -> tuple[Tensor, G
     """
     inputs = weight_NK.shape[1]
     group = inputs if scheme.group is None else scheme.group
-    mean = h_KK.diagonal().mean()
-    h_KK = h_KK / torch.where(mean > 0, mean, 1)  # its size does not matter, and could underflow
-    h_KK.diagonal().add_(DAMPING)  # also for inputs that were always zero
+    h_KK = damped(h_KK)
     grid = search_grid(weight_NK, h_KK.diagonal(), scheme)
     scale_NG, limits = grid.scale, grid.limits(group, inputs)
     scale_NK = _spread(scale_NG, group, inputs)
@@ -106,6 +106,14 @@ def quantize(weight_NK: Tensor, h_KK: Tensor, scheme: Scheme) -> tuple[Tensor, G
     return codes_NK, replace(grid, scale=scale_NG)
 
 
+def damped(h_KK: Tensor, share: float = DAMPING) -> Tensor:
+    """Second moments of mean size 1, and `share` more on the diagonal, where inputs were always zero too."""
+    mean = h_KK.diagonal().mean()
+    h_KK = h_KK / torch.where(mean > 0, mean, 1)  # its size does not matter, and could underflow
+    h_KK.diagonal().add_(share)
+    return h_KK
+
+
 def _errors(weight_NK: Tensor, h_KK: Tensor, rounded_NK: Tensor) -> Tensor:
     """Of each output, (N,)."""
     change_NK = weight_NK - rounded_NK
@@ -116,7 +124,9 @@ def _spread(scale_NG: Tensor, group: int, inputs: int) -> Tensor:
     return scale_NG.repeat_interleave(group, dim=1)[:, :inputs]
 
 
-def _compensated(weight_NK: Tensor, h_KK: Tensor, scale_NK: Tensor, limits: Limits) -> Tensor:
+def _compensated(
+    weight_NK: Tensor, h_KK: Tensor, scale_NK: Tensor, limits: Limits, nearest: Nearest = torch.round
+) -> Tensor:
     """GPTQ. The updates of columns beyond a block of them are applied a block at a time."""
     inputs = weight_NK.shape[1]
     order = h_KK.diagonal().argsort(descending=True, stable=True)
@@ -129,7 +139,7 @@ def _compensated(weight_NK: Tensor, h_KK: Tensor, scale_NK: Tensor, limits: Limi
         end = min(start + BLOCK, inputs)
         errors = torch.zeros_like(left_NK[:, start:end])
         for k in range(start, end):
-            codes_NK[:, k] = (left_NK[:, k] / scale_NK[:, k]).round().clamp(low_NK[:, k], high_NK[:, k])
+            codes_NK[:, k] = nearest((left_NK[:, k] / scale_NK[:, k]).clamp(low_NK[:, k], high_NK[:, k]))
             error_N = (left_NK[:, k] - codes_NK[:, k] * scale_NK[:, k]) / upper_KK[k, k]
             left_NK[:, k:end] -= error_N.unsqueeze(1) * upper_KK[k, k:end]
             errors[:, k - start] = error_N
@@ -160,13 +170,20 @@ def _refit(
     return torch.where((after_N < before_N).unsqueeze(1), new_NG, scale_NG)
 
 
-def _descend(weight_NK: Tensor, h_KK: Tensor, codes_NK: Tensor, scale_NK: Tensor, limits: Limits) -> Tensor:
+def _descend(
+    weight_NK: Tensor,
+    h_KK: Tensor,
+    codes_NK: Tensor,
+    scale_NK: Tensor,
+    limits: Limits,
+    nearest: Nearest = torch.round,
+) -> Tensor:
     """One sweep of coordinate descent over the columns."""
     codes_NK, (low_NK, high_NK) = codes_NK.clone(), limits
     slope_NK = (weight_NK - codes_NK * scale_NK) @ h_KK
     for k in range(weight_NK.shape[1]):
         step_N = slope_NK[:, k] / h_KK[k, k]
-        new_N = (codes_NK[:, k] + step_N / scale_NK[:, k]).round().clamp(low_NK[:, k], high_NK[:, k])
+        new_N = nearest((codes_NK[:, k] + step_N / scale_NK[:, k]).clamp(low_NK[:, k], high_NK[:, k]))
         moved_N = (new_N - codes_NK[:, k]) * scale_NK[:, k]
         codes_NK[:, k] = new_N
         slope_NK -= moved_N.unsqueeze(1) * h_KK[k]

@@ -142,18 +142,21 @@ class StoredFp8(Stored):
     weights: Literal["channel", "tensor"] = "channel"
     activations: Literal["token", "tensor"] = "token"
     accumulation: Literal["full", "fast"] = "full"
+    shift: bool = False
 
     def check(self, tensors: Mapping[str, Tensor]) -> str | None:
         import torch
 
         scales = self.shape[0] if self.weights == "channel" else 1
-        return expected(tensors, weight=(torch.float8_e4m3fn, self.size), weight_scale=(torch.float32, scales))
+        shift = {"shift": (torch.float32, self.size // self.shape[0])} if self.shift else {}
+        weight = (torch.float8_e4m3fn, self.size)
+        return expected(tensors, weight=weight, weight_scale=(torch.float32, scales), **shift)
 
     def build(self, bias: bool) -> nn.Module:
         from vit_efficient.kernels.fp8_linear.reference import Scheme
         from vit_efficient.quantization.fp8_layers import DeployedFp8
 
-        return DeployedFp8(self.shape, bias, Scheme.of(self))
+        return DeployedFp8(self.shape, bias, Scheme.of(self), self.shift)
 
 
 class StoredTorchao(Stored):

@@ -102,9 +102,15 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scheme: Scheme, dtype: torch.dtype
+        ctx,
+        x: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        given_N1: Tensor | None,
     ) -> Tensor:
-        q_NK, scale_N1 = quantize_weight(weight_NK, scheme)
+        q_NK, scale_N1 = quantize_weight(weight_NK, scheme, given_N1)
         q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme)
         y_MN = fp8_matmul(q_MK, scale_M1, q_NK, scale_N1, bias_N, dtype, scheme.accumulation == "fast")
         needs_x, needs_weight, *_ = ctx.needs_input_grad
@@ -127,7 +133,7 @@ class _Fp8Linear(torch.autograd.Function):
             grad_weight = (grad_MN.t() @ dequantize(q_MK, scale_M1, grad.dtype)).to(ctx.weight_dtype)
         if needs_bias:
             grad_bias = grad_MN.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -136,7 +142,14 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scheme: Scheme) -> Tensor:
+def fp8_linear(
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    scheme: Scheme,
+    given_N1: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The layer in training: quantizes the float weight anew, multiplies codes, differentiable in all three.
 
     Codes and scales do not depend on autocast, which decides the output's dtype.
@@ -146,15 +159,25 @@ def fp8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scheme: Sche
         weight_NK: (N, K), floating point.
         bias_N: (N,), floating point.
         scheme: where scales are, and how products are summed.
+        given_N1: scales of the weight, (1, 1) for one in all; None: they follow from its largest magnitude.
+        dtype: of the result; None: autocast's dtype if autocast is on, else that of `x`.
 
     Returns:
-        (..., N), in autocast's dtype if autocast is on, else in that of `x`.
+        (..., N).
     """
-    return _Fp8Linear.apply(x, weight_NK, bias_N, scheme, output_dtype(x))
+    return _Fp8Linear.apply(x, weight_NK, bias_N, scheme, dtype or output_dtype(x), given_N1)
 
 
-def fp8_linear_codes(x: Tensor, q_NK: Tensor, scale_N1: Tensor, bias_N: Tensor | None, scheme: Scheme) -> Tensor:
+def fp8_linear_codes(
+    x: Tensor,
+    q_NK: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The layer as deployed: from the weight's codes and scales. The arithmetic of `fp8_linear`; no gradient."""
     q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme)
-    y_MN = fp8_matmul(q_MK, scale_M1, q_NK, scale_N1, bias_N, output_dtype(x), scheme.accumulation == "fast")
+    dtype = dtype or output_dtype(x)
+    y_MN = fp8_matmul(q_MK, scale_M1, q_NK, scale_N1, bias_N, dtype, scheme.accumulation == "fast")
     return y_MN.view(*x.shape[:-1], q_NK.shape[0])

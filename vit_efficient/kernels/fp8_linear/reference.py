@@ -49,7 +49,7 @@ class Scheme:
         return cls(**{field.name: getattr(described, field.name) for field in fields(cls)})
 
 
-def quantize(x_MK: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor]:
+def quantize(x_MK: Tensor, *, by_row: bool, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize a matrix to e4m3 with a scale a row, or with one.
 
     ``scale = amax(|x|) / 448``, at least `SMALLEST_SCALE`, in float32; ``codes = e4m3(clamp(x / scale, -448, 448))``,
@@ -59,6 +59,7 @@ def quantize(x_MK: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor]:
     Args:
         x_MK: floating point.
         by_row: whether each row has a scale of its own.
+        given: the scales, where they are not to follow from the largest magnitude; what is beyond them saturates.
 
     Returns:
         codes (M, K) float8_e4m3fn, and scales (M, 1), or (1, 1), float32.
@@ -69,15 +70,15 @@ def quantize(x_MK: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor]:
     else:
         amax = (x_MK.abs().amax() if x_MK.numel() else x_MK.new_zeros(())).reshape(1, 1)
     # By a tensor: PyTorch divides by a number on CUDA as a product with its reciprocal, which can be one bit off.
-    scale = (amax / torch.full_like(amax, LARGEST)).clamp_min(SMALLEST_SCALE)
+    scale = (amax / torch.full_like(amax, LARGEST)).clamp_min(SMALLEST_SCALE) if given is None else given
     # Casts saturate in some versions of PyTorch and give NaN in others: the clamp decides.
     codes = (x_MK / scale).clamp(-LARGEST, LARGEST).to(FORMAT)
     return codes, torch.where(amax.isfinite(), scale, torch.nan)
 
 
-def quantize_weight(weight_NK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Codes (N, K) and scales, (N, 1) or (1, 1), of a weight."""
-    return quantize(weight_NK, by_row=scheme.weights == "channel")
+def quantize_weight(weight_NK: Tensor, scheme: Scheme, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (N, K) and scales, (N, 1) or (1, 1), of a weight; `given` scales are kept."""
+    return quantize(weight_NK, by_row=scheme.weights == "channel", given=given)
 
 
 def quantize_activations(x_MK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
