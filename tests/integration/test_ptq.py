@@ -24,12 +24,11 @@ pytestmark = pytest.mark.slow
 Command = Callable[..., str]
 CALIBRATION = 200
 
-# name, overrides, least agreement, largest KL divergence
+# name, overrides, least agreement, largest KL divergence: what was measured, less what another machine may differ by.
 SCHEMES = {
-    "static": (("quantization=int8", "quantization.activations=static"), 0.97, 0.010),
-    "hybrid": (("quantization=int8", "quantization.activations=hybrid"), 0.97, 0.008),
-    "fp8": (("quantization=fp8", "quantization.calibration={}"), 0.97, 0.009),
-    "int4": (("quantization=int4", "quantization.type=int", "quantization.group=64"), 0.91, 0.07),
+    "static": (("quantization=int8", "quantization.activations=static"), 0.965, 0.010),
+    "hybrid": (("quantization=int8", "quantization.activations=hybrid"), 0.965, 0.008),
+    "int4": (("quantization=int4", "quantization.type=int", "quantization.group=64"), 0.905, 0.075),
 }
 
 
