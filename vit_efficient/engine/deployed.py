@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from vit_efficient.attention.config import AttentionConfig
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine.checkpoint import atomic_write
 from vit_efficient.errors import CheckpointError
 from vit_efficient.model.build import build_plain, compute_dtype
-from vit_efficient.quantization.deploy import FORMAT, VERSION, deployed_state, load_deployed
+from vit_efficient.quantization.deploy import FORMAT, VERSION, check_layers, deployed_state, digest, load_deployed
 from vit_efficient.recipe.schema import Recipe
 
 
@@ -65,22 +62,10 @@ def save_deployed(
         **scheme,
     }
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_layers(own, scheme)
     description["digest"] = digest(own, description)
     atomic_write(path, lambda temporary: save_file(own, temporary, metadata=description))
     return path.stat().st_size
-
-
-def digest(tensors: Mapping[str, Tensor], description: Mapping[str, str]) -> str:
-    """sha256 of a file's meaning: its description (but for the digest itself), and every tensor's name, type, shape
-    and bytes. A flipped bit anywhere changes it."""
-    found = hashlib.sha256()
-    for key in sorted(description.keys() - {"digest"}):
-        found.update(f"{key}={description[key]}\n".encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deployed:

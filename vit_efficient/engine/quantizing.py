@@ -28,7 +28,7 @@ from vit_efficient.errors import UserError
 from vit_efficient.measure.logits import LogitComparison, PairedDrop, compare, paired_drop
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.model.build import Built, build_model, build_plain, compute_dtype
-from vit_efficient.model.weights import file_digest, locate
+from vit_efficient.model.weights import file_digest, is_quantized, locate
 from vit_efficient.quantization.base import AutoKeep, Report
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.recipe.schema import Recipe
@@ -111,6 +111,12 @@ def load_subject(recipe: Recipe) -> Subject:
         )
     if not (recipe.model.weights or getattr(quantization, "base", None)):
         raise UserError("quantize: there is no trained model to quantize. Give it as `model.weights=` (a file).")
+    weights = recipe.model.weights or quantization.base
+    if is_quantized(weights):
+        raise UserError(
+            f"quantize: {weights} is quantized already, and would be taken for full precision. Give the float weights "
+            "that it was made of."
+        )
     data = build_data(recipe)
     config = recipe.model
     if config.weights is None:

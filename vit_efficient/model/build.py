@@ -9,8 +9,10 @@ from torch import nn
 
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
+from vit_efficient.errors import UserError
 from vit_efficient.model.backbone import Backbone, create_backbone
 from vit_efficient.model.origin import Origin
+from vit_efficient.model.weights import is_quantized
 from vit_efficient.quantization.base import Report
 from vit_efficient.recipe.schema import ModelConfig, Recipe
 
@@ -74,6 +76,12 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
         UserError: unknown model, weights that do not fit, nothing to quantize, a backend that refuses.
     """
     config = recipe.model.model_copy(update={"weights": base}) if base else recipe.model
+    if recipe.quantization.name != "int8" and is_quantized(config.weights):
+        raise UserError(
+            f"{config.weights} is a quantized model file, and quantization={recipe.quantization.name} would take its "
+            "rounded weights for full precision. Give the float weights that it was made of; quantization=int8 can "
+            "go on training from such a file."
+        )
     backbone = _backbone(config, recipe, num_classes)
     model = backbone.model
     parameters = sum(p.numel() for p in model.parameters())

@@ -18,7 +18,7 @@ from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.model.backbone import create_backbone
 from vit_efficient.model.build import compute_dtype
-from vit_efficient.model.weights import locate
+from vit_efficient.model.weights import is_quantized, locate
 from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.quantization.base import DistillConfig
 from vit_efficient.recipe.load import load_recipe
@@ -149,6 +149,11 @@ def build_teacher(recipe: Recipe, image: ImageSpec, num_classes: int, *, base: s
     if spec is None or distill is None:
         return None
     path = Path(spec) if _from_hub(spec) else locate(spec, key=KEY)
+    if not _from_hub(spec) and is_quantized(str(path)):
+        raise CheckpointError(
+            f"{KEY}: {path} is quantized. A teacher is a trained model in full precision: a weight file, or an fp32 "
+            "run's folder."
+        )
     config = _model_config(recipe, spec).model_copy(update={"weights": str(path), "num_classes": num_classes})
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: not from the run's numbers

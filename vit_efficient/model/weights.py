@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vit_efficient.errors import CheckpointError
 from vit_efficient.model.hub import fetch
-from vit_efficient.quantization.deploy import FORMAT, VERSION
+from vit_efficient.quantization.deploy import FORMAT, VERSION, digest
 from vit_efficient.quantization.dequantize import float_state
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
@@ -125,7 +125,24 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is a model file of version {description.get('version')!r}; this program reads {VERSION}."
         )
+    if digest(tensors, description) != description.get("digest"):
+        raise CheckpointError(f"{path} was altered: its content does not have the digest that it was written with.")
     return float_state(tensors, description)
+
+
+def is_quantized(spec: str | None) -> bool:
+    """Whether ``model.weights`` names a model file of this package whose weights are rounded already."""
+    if spec is None or spec == "timm" or spec.startswith("timm:"):
+        return False
+    path = locate(spec)
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False  # `read_weights` says what is wrong
+    return description.get("format") == FORMAT and description.get("layers", "{}") != "{}"
 
 
 def _read_torch(path: Path) -> Any:

@@ -104,6 +104,9 @@ def _check(batches: Sequence[Tensor]) -> int:
             f"{images} images are too few to calibrate on; {FEWEST} are the least, 200 or more are usual. "
             "Give more training images (data.shards), or more of them (quantization.calibration.samples)."
         )
+    first = batches[0][0]
+    if all(bool((batch == first).all()) for batch in batches):
+        raise UserError("All calibration images are the same, so they say nothing of any range. Give real images.")
     if not all(bool(batch.isfinite().all()) for batch in batches):
         raise UserError("The calibration images hold a NaN or an infinity. Check the shards: prepare --verify DIR.")
     return images

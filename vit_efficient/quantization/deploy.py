@@ -7,6 +7,7 @@ layers are what, so that a freshly created timm model can be given the same form
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -102,6 +103,31 @@ def load_deployed(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Map
     model.requires_grad_(False)
 
 
+def digest(tensors: Mapping[str, Tensor], description: Mapping[str, str]) -> str:
+    """sha256 of a file's meaning: its description (but for the digest itself), and every tensor's name, type, shape
+    and bytes. A flipped bit anywhere changes it."""
+    found = hashlib.sha256()
+    for key in sorted(description.keys() - {"digest"}):
+        found.update(f"{key}={description[key]}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_layers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """See that every layer of a description can be loaded again, before it is written.
+
+    Raises:
+        CheckpointError: one cannot, for want of calibration for example.
+    """
+    for name, layer in LAYERS.validate_json(metadata["layers"]).items():
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        if problem := layer.check(own):
+            raise CheckpointError(f"The model cannot be written: {name} ({layer.kind}): {problem}.")
+
+
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of all tensors, which is the size of their file but for its header."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -114,7 +140,7 @@ def _read(
         raise CheckpointError("The file does not say that it is a deployed model of vit_efficient (`format`).")
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"The file is of version {metadata.get('version')!r}; this program reads version {VERSION}. Update it."
+            f"The file is of version {metadata.get('version')!r}; this program reads version {VERSION}."
         )
     try:
         return (

@@ -62,6 +62,15 @@ def expected(tensors: Mapping[str, Tensor], **wanted: tuple[object, int]) -> str
     return None
 
 
+def unusable(tensors: Mapping[str, Tensor], *names: str) -> str | None:
+    """Which of the scales there are is zero, negative or no number, in words."""
+    for name in names:
+        scale = tensors.get(name)
+        if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+            return f"{name} is zero, negative or not a number somewhere; was the model calibrated?"
+    return None
+
+
 class StoredInt8(Stored):
     """Integer codes and scales (`int8_layers.DeployedInt8`)."""
 
@@ -86,7 +95,9 @@ class StoredInt8(Stored):
         weight = (torch.int8, self.size) if self.weight_bits == 8 else (torch.uint8, rows * ((inputs + 1) // 2))
         zeros = {"weight_zero": (torch.uint8, scales)} if self.zero_point else {}
         of_scales = torch.float32 if self.group is None else torch.bfloat16
-        return expected(tensors, weight=weight, weight_scale=(of_scales, scales), **zeros)
+        if problem := expected(tensors, weight=weight, weight_scale=(of_scales, scales), **zeros):
+            return problem
+        return unusable(tensors, "weight_scale", "input_scale", "smooth")
 
     def build(self, bias: bool) -> nn.Module:
         from vit_efficient.kernels.int8_linear.scheme import Scheme
@@ -150,7 +161,9 @@ class StoredFp8(Stored):
         scales = self.shape[0] if self.weights == "channel" else 1
         shift = {"shift": (torch.float32, self.size // self.shape[0])} if self.shift else {}
         weight = (torch.float8_e4m3fn, self.size)
-        return expected(tensors, weight=weight, weight_scale=(torch.float32, scales), **shift)
+        if problem := expected(tensors, weight=weight, weight_scale=(torch.float32, scales), **shift):
+            return problem
+        return unusable(tensors, "weight_scale")
 
     def build(self, bias: bool) -> nn.Module:
         from vit_efficient.kernels.fp8_linear.reference import Scheme

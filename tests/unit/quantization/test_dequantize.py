@@ -14,11 +14,11 @@ from torch import nn
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.errors import CheckpointError
-from vit_efficient.model.weights import load_state
+from vit_efficient.model.weights import is_quantized, load_state
 from vit_efficient.quantization.base import LoraConfig
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
-from vit_efficient.quantization.deploy import deployed_state
+from vit_efficient.quantization.deploy import check_layers, deployed_state, digest, load_deployed
 from vit_efficient.quantization.int4 import Int4Config
 from vit_efficient.quantization.int8 import Int8Config
 
@@ -57,6 +57,7 @@ def test_answers_as_the_file_does(config: Any, tmp_path: Path) -> None:
     """The static one has been shifted and smoothed, its bias corrected; all of that is undone or kept rightly."""
     model, images = quantized(config), torch.randn(4, 3, SIZE, SIZE)
     tensors, metadata = deployed_state(model)
+    metadata["digest"] = digest(tensors, metadata)
     save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
     again = plain()
     again.load_state_dict(load_state(tmp_path / "model.safetensors"))
@@ -70,6 +71,7 @@ def test_the_codes_come_back(tmp_path: Path) -> None:
     """Quantization-aware training from a file starts at the file's own codes."""
     model = quantized(Int8Config())
     tensors, metadata = deployed_state(model)
+    metadata["digest"] = digest(tensors, metadata)
     save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
     again = plain()
     again.load_state_dict(load_state(tmp_path / "model.safetensors"))
@@ -79,8 +81,46 @@ def test_the_codes_come_back(tmp_path: Path) -> None:
             assert torch.equal(tensor, tensors[name]), name
 
 
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In any tensor: also where the file is to be trained on and not evaluated."""
+    tensors, metadata = deployed_state(quantized(Int8Config()))
+    metadata["digest"] = digest(tensors, metadata)
+    tensors["blocks.0.attn.qkv.weight"][0, 0] ^= 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match="altered"):
+        load_state(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale", "smooth"])
+def test_scales_that_cannot_be_are_refused(name: str, scale: float) -> None:
+    tensors, metadata = deployed_state(quantized(Int8Config(activations="static")))
+    tensors[f"blocks.1.mlp.fc2.{name}"].view(-1)[0] = scale
+    again = plain()
+    with pytest.raises(CheckpointError, match=f"blocks.1.mlp.fc2.*{name} is zero, negative or not a number"):
+        load_deployed(again, tensors, metadata)
+
+
+def test_what_was_not_calibrated_is_not_written() -> None:
+    model = plain()
+    Int8Config(activations="static").apply(model, compute_dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="was the model calibrated"):
+        check_layers(*deployed_state(model))
+
+
+def test_rounded_weights_are_told_from_float_ones(tmp_path: Path) -> None:
+    for name, model in (("int8", quantized(Int8Config())), ("float", plain())):
+        tensors, metadata = deployed_state(model)
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata=metadata)
+    assert is_quantized(str(tmp_path / "int8.safetensors"))
+    assert not is_quantized(str(tmp_path / "float.safetensors"))
+    assert not is_quantized("timm")
+    assert not is_quantized(None)
+
+
 def test_adapters_are_merged_first(tmp_path: Path) -> None:
     tensors, metadata = deployed_state(quantized(Int4Config(lora=LoraConfig(rank=2))))
+    metadata["digest"] = digest(tensors, metadata)
     save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match="export merge"):
         load_state(tmp_path / "model.safetensors")
