@@ -96,7 +96,7 @@ def test_a_constant_is_no_harm_to_dynamic_scales() -> None:
 
 
 def test_images_that_are_all_the_same_are_refused() -> None:
-    with pytest.raises(UserError, match="^All calibration images are the same"):
+    with pytest.raises(UserError, match=r"^All calibration images are the same"):
         calibrate(quantized(), [torch.zeros(20, 3, 32, 32)], CalibrationConfig())
 
 
