@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vit_efficient.kernels.int8_linear import op, reference
+from vit_efficient.kernels.int8_linear.scheme import Scheme
 
 ROWS = (1, 63, 197, 257, 577)
 WIDTHS = (192, 768, 1024, 4096)
@@ -161,3 +162,11 @@ def test_gpu_has_the_integers_of_the_cpu(rows: int, k: int) -> None:
     on_cpu = reference.int8_linear(x, weight, bias)
     on_gpu = op.int8_linear(x.cuda(), weight.cuda(), bias.cuda()).cpu()
     assert torch.equal(on_gpu, on_cpu)  # the same operations in the same order, each rounded alike
+
+
+@pytest.mark.parametrize("form", [reference.quantize_activations, op.quantize_activations])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_activations_that_are_not_quantized_have_no_codes(form: object, tokens: int) -> None:
+    """They were once quantized a token at a time, without a word."""
+    with pytest.raises(ValueError, match="does not quantize activations"):
+        form(torch.randn(tokens, 8), Scheme(activations="none"))  # type: ignore[operator]

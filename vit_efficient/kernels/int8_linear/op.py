@@ -86,7 +86,7 @@ def quantize_activations(x_MK: Tensor, scheme: Scheme, scale: Tensor | None = No
     if scheme.activations == "static" and x_MK.numel():
         assert scale is not None, "static activations have a scale"
         return quantize_given(x_MK, scale, scheme.largest_activation)
-    if not x_MK.numel():
+    if not x_MK.numel() and scheme.activations != "none":
         return x_MK.to(torch.int8), x_MK.new_ones((x_MK.shape[0], 1), dtype=torch.float32)
     return reference.quantize_activations(x_MK, scheme, scale)
 

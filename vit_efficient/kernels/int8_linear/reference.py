@@ -69,6 +69,8 @@ def quantize_given(x: Tensor, scale: Tensor, largest: int = LARGEST_CODE) -> tup
 
 def quantize_activations(x_MK: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes (M, K) and scales (M, 1) of activations under a scheme; `scale` (a scalar) where it is static."""
+    if scheme.activations == "none":
+        raise ValueError("this scheme does not quantize activations, so they have no codes")
     largest = scheme.largest_activation
     if scheme.activations == "static":
         assert scale is not None, "static activations have a scale"
