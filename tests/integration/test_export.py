@@ -20,6 +20,7 @@ from vit_efficient import export, fit
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.model.weights import file_digest
+from vit_efficient.quantization.deploy import digest
 
 Command = Callable[..., str]
 
@@ -123,10 +124,10 @@ def test_a_variant_that_trains_nothing_is_refused(here: Path, small: Sequence[st
 
 
 def change(path: Path) -> None:
-    """One weight in the last digits."""
+    """Another model of the same form: one weight in the last digits, and the digest that goes with it."""
     tensors = load_file(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         metadata = json.loads(file.read(size))["__metadata__"]
     tensors["norm.bias"][0] += 1e-3
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {**metadata, "digest": digest(tensors, metadata)})
