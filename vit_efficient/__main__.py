@@ -25,7 +25,7 @@ COMMANDS = {
     "export": "merge adapters into their base: one plain model file",
     "compare": "hold finished runs of several variants and seeds against each other",
     "prepare": "turn images into the shards that the other commands read; check them",
-    "benchmark": "measure the data pipeline on this machine: decoding, loader, plan",
+    "benchmark": "hold models against each other: latency, images a second, memory; measure the data pipeline",
 }
 
 REQUIRED = (

@@ -1,5 +1,6 @@
 """Measure, in one run, what is compared.
 
+python -m vit_efficient.benchmark --recipe fp32_sdpa --recipe int8_sdpa --batch 1,64,256 protocol=imagenet_vit_l16
 python -m vit_efficient.benchmark data SHARDS     decoding per core, the loader over workers, the plan at 10^9 samples
 """
 
@@ -7,15 +8,36 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vit_efficient.cli import Parser, run_command
+from vit_efficient.cli import Parser, base_parser, run_command
 from vit_efficient.errors import UserError
 
-EXAMPLES = """\
+if TYPE_CHECKING:
+    from vit_efficient.engine.contenders import Entry
+    from vit_efficient.machine import Machine
+    from vit_efficient.recipe.schema import Recipe
+
+HOWS = ("eager", "compiled", "graph", "compiled-graph")
+MODEL_EXAMPLES = """\
+examples:
+  benchmark --recipe fp32_sdpa --recipe int8_sdpa                   (the digits model)
+  benchmark --recipe "fp32_sdpa quantization.precision=bf16" --recipe fp8_sdpa --how compiled,graph \\
+            --batch 1,256 protocol=imagenet_vit_l16 --output figures.json
+  benchmark --checkpoint runs/A --checkpoint model.safetensors      (trained or quantized models)
+  benchmark --peers --batch 256 protocol=imagenet_vit_l16           (what else a user could take)
+  benchmark --train --recipe int8_sdpa --recipe int4_sdpa --batch 128 protocol=imagenet_vit_l16
+  benchmark data data/in1k                                          (the data pipeline: benchmark data --help)
+
+The first contender is what the others are held against. All are in memory at once and take turns.
+key=value words override every recipe; those in the quotes of one --recipe override that one.
+"""
+DATA_EXAMPLES = """\
 examples:
   benchmark data data/in1k
   benchmark data data/in1k --workers 1 2 4 8 16 --interpolation bicubic --output data.json
@@ -23,16 +45,47 @@ examples:
 """
 
 
-def parser() -> Parser:
-    """The command line of `benchmark`."""
+def model_parser() -> Parser:
+    """The command line of the model benchmark."""
+    words = base_parser(
+        "benchmark",
+        "Hold models against each other: latency, images a second, memory. `benchmark data`: the data pipeline.",
+        several=True,
+        required=False,
+    )
+    words.formatter_class = argparse.RawDescriptionHelpFormatter
+    words.epilog = MODEL_EXAMPLES
+    words.add_argument(
+        "--checkpoint",
+        metavar="C",
+        action="append",
+        default=[],
+        help="a run, model file or checkpoint; may be repeated",
+    )
+    words.add_argument("--peers", action="store_true", help="what else a user could take, beside them")
+    words.add_argument("--train", action="store_true", help="time training steps and not inference")
+    words.add_argument("--batch", type=_batches, default=(1, 64), metavar="B,B", help="images in a call (default 1,64)")
+    words.add_argument(
+        "--how",
+        type=_hows,
+        metavar="H,H",
+        help=f"{', '.join(HOWS)} (default: compiled with strategy.compile, or eager)",
+    )
+    words.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of each (default 5)")
+    words.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of a turn, about (default 0.5)")
+    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    return words
+
+
+def data_parser() -> Parser:
+    """The command line of `benchmark data`."""
     words = Parser(
-        prog="python -m vit_efficient.benchmark",
+        prog="python -m vit_efficient.benchmark data",
         description="Measure the data pipeline: per core, over workers, and the sample plan at 10^9 samples.",
-        epilog=EXAMPLES,
+        epilog=DATA_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    words.add_argument("what", choices=["data"], help="what to measure")
     words.add_argument("shards", nargs="?", metavar="SHARDS", help="as `data.shards`; images to decode and load")
     words.add_argument("--images", type=_positive, default=500, metavar="N", help="how many are decoded (default 500)")
     words.add_argument("--size", type=_positive, default=224, help="pixels a side of the result (default 224)")
@@ -46,14 +99,104 @@ def parser() -> Parser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 
-def benchmark(options: argparse.Namespace, console: Console) -> None:
-    """Run the command."""
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+
+
+def _hows(text: str) -> tuple[str, ...]:
+    parts = tuple(dict.fromkeys(text.split(",")))
+    for part in parts:
+        if part not in HOWS:
+            raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(HOWS)}")
+    return parts
+
+
+def benchmark_models(options: argparse.Namespace, console: Console) -> None:
+    """Run the model benchmark."""
+    from dataclasses import replace
+
+    from vit_efficient.engine.contenders import PEERS, Entry, build_contender, load_entry
+    from vit_efficient.engine.rundir import write_json
+    from vit_efficient.engine.trainer import quiet
+    from vit_efficient.machine import detect
+    from vit_efficient.measure.model_table import print_models
+    from vit_efficient.measure.models import measure_models
+    from vit_efficient.measure.record import environment
+
+    quiet()
+    _seconds(options.seconds)
+    if options.train and (options.how or options.checkpoint or options.peers):
+        raise UserError("--train times recipes as they train: leave out --how, --checkpoint and --peers.")
+    entries = [Entry(word.split()[0], tuple(word.split()[1:])) for word in options.recipe or [] if word.strip()]
+    entries += [Entry(path, file=True) for path in options.checkpoint]
+    if not entries and not options.peers:
+        raise UserError(
+            "There is nothing to measure: give `--recipe R` or `--checkpoint C` (repeatable), or `--peers`."
+        )
+    machine = detect()
+    asked = []
+    for entry in entries:
+        recipe = load_entry(entry, options.overrides, machine)
+        own = "compiled" if recipe.strategy.compile else "eager"
+        hows: tuple[Any, ...] = ("training",) if options.train else options.how or (own,)
+        asked += [(replace(entry, how=how), recipe) for how in hows]
+    asked += _peers(PEERS, options, machine, console) if options.peers else []
+    on_gpu = asked[0][1].strategy.accelerator == "gpu"
+    if not on_gpu and any(entry.how.endswith("graph") for entry, _ in asked):
+        raise UserError("--how graph is for CUDA devices, and this runs on a CPU. Take eager or compiled.")
+
+    def tell(text: str) -> None:
+        console.print(f"[dim]{text}[/]", soft_wrap=True)
+
+    contenders = [build_contender(entry, recipe, tell) for entry, recipe in asked]
+    import torch
+
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rows = measure_models(
+        contenders, options.batch, device, rounds=options.rounds, seconds=options.seconds, progress=tell
+    )
+    recipe = asked[0][1]
+    where = machine.gpus[0].name if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    print_models(console, rows, f"{recipe.model.name}, {'training' if options.train else 'inference'}, {where}")
+    if options.output is not None:
+        figures = {
+            "model": recipe.model.name,
+            "size": contenders[0].size,
+            "training": options.train,
+            "rounds": options.rounds,
+            "rows": [row.plain() for row in rows],
+            "environment": environment(machine),
+        }
+        write_json(options.output, figures)
+
+
+def _peers(
+    peers: Sequence[Entry], options: argparse.Namespace, machine: Machine, console: Console
+) -> list[tuple[Entry, Recipe]]:
+    """Those that this machine can run; the others are named with their reason."""
+    from vit_efficient.engine.contenders import load_entry
+
+    found = []
+    for entry in peers:
+        try:
+            found.append((entry, load_entry(entry, options.overrides, machine)))
+        except UserError as error:
+            reason = " ".join(str(error).split())
+            console.print(f"[yellow]left out[/] {entry.name}: {reason}", soft_wrap=True)
+    return found
+
+
+def benchmark_data(options: argparse.Namespace, console: Console) -> None:
+    """Run `benchmark data`."""
     from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.trainer import quiet
     from vit_efficient.machine import detect
@@ -61,8 +204,7 @@ def benchmark(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.measure.record import environment
 
     quiet()
-    if options.seconds <= 0:
-        raise UserError(f"--seconds {options.seconds:g} is not above 0")
+    _seconds(options.seconds)
     machine = detect()
     cores = machine.cores or os.cpu_count() or 1
     workers = options.workers or [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= cores]
@@ -83,9 +225,19 @@ def benchmark(options: argparse.Namespace, console: Console) -> None:
         write_json(options.output, figures)
 
 
+def _seconds(seconds: float) -> None:
+    if not seconds > 0:
+        raise UserError(f"--seconds {seconds:g} is not above 0")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; raises UserError for what the user can mend."""
-    benchmark(parser().parse_args(argv), Console(highlight=False))
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = Console(highlight=False)
+    if words[:1] == ["data"]:
+        benchmark_data(data_parser().parse_args(words[1:]), console)
+    else:
+        benchmark_models(model_parser().parse_intermixed_args(words), console)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`python -m vit_efficient.benchmark data` as a person runs it."""
+"""`python -m vit_efficient.benchmark`, of models and of data, as a person runs it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,13 +43,30 @@ def test_without_shards_there_is_the_plan(command: Command) -> None:
     assert "One core" not in printed
 
 
+def test_models_in_one_table(command: Command, small: Sequence[str], tmp_path: Path) -> None:
+    mine = ("--recipe", "int8_sdpa attention.kernel=math", "--recipe", "fp32_sdpa", small[0])
+    timed = ("--batch", "1,8", "--rounds", "2", "--seconds", "0.05", "--output", "figures.json")
+    printed = command("benchmark", *mine, *timed, "strategy.accelerator=cpu")
+    assert "batch 8" in printed
+    assert "times as fast as int8_sdpa attention.kernel=math (eager)" in printed
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in figures["rows"]] == ["int8_sdpa attention.kernel=math", "fp32_sdpa"] * 2
+    assert all(row["images_per_second"] > 0 and row["calls"] >= 6 for row in figures["rows"])
+    assert figures["environment"]["packages"]["torch"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("data", "absent"), "there is no such folder"),
         (("data", "--images", "0"), "0 is not above 0"),
         (("data", "--seconds", "0"), "--seconds 0 is not above 0"),
-        (("dta",), "invalid choice"),
+        (("dta",), "nothing to measure"),
+        (("--recipe", "fp32_sdpa", "--batch", "1,0"), "0 is not above 0"),
+        (("--recipe", "fp32_sdpa", "--how", "eager,fast"), "'fast' is none of eager, compiled"),
+        (("--recipe", "fp32_sdpa", "--how", "graph", "strategy.accelerator=cpu"), "graph is for CUDA devices"),
+        (("--recipe", "fp32_sdpa", "--train", "--peers"), "leave out --how, --checkpoint and --peers"),
+        (("--recipe", "fp33_sdpa"), "did you mean 'fp32_sdpa'"),
     ],
 )
 def test_mistakes_are_explained(command: Command, words: tuple[str, ...], said: str) -> None:

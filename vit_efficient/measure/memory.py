@@ -58,8 +58,20 @@ def restart_peak(device: torch.device) -> None:
 
 def storage_bytes(tensors: Iterator[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors: views of one storage count once."""
-    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    plain = (part for tensor in tensors for part in _plain(tensor))
+    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
     return sum(seen.values())
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor is made of: itself, or the parts of a subclass such as torchao's."""
+    if isinstance(tensor, nn.Parameter):
+        tensor = tensor.data
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def _held(model: nn.Module) -> Iterator[Tensor]:

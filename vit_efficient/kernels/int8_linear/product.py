@@ -36,13 +36,18 @@ def _(q_MK: Tensor, q_NK: Tensor) -> Tensor:
     return q_MK.new_empty((q_MK.shape[0], q_NK.shape[0]), dtype=torch.int32)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # or the compiler would trace the trial into the graph
 def cpu_int_mm_is_exact() -> bool:
     """Whether `torch._int_mm` is exact on this processor; tried once, on the operands that strain it most.
 
     On x86 without VNNI instructions (before Ice Lake and Zen 4, roughly) oneDNN adds pairs of products in 16 bits,
     which saturate: the result is wrong, without a warning. There the exact float32 form is used instead.
     """
+    return _tried()
+
+
+@functools.cache
+def _tried() -> bool:
     for m, k, n in ((1, 4096, 32), (33, 63, 17), (64, 192, 64)):
         a_MK = torch.full((m, k), LARGEST_CODE, dtype=torch.int8)
         for sign in (1, -1):

@@ -1,0 +1,248 @@
+"""Recipes and model files as contenders of the model benchmark: built, on the device, in the way that they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_efficient.engine.calibration import needs_calibration
+from vit_efficient.engine.deployed import load_file
+from vit_efficient.engine.subject import find, from_checkpoint
+from vit_efficient.errors import RecipeError, UserError
+from vit_efficient.machine import Machine
+from vit_efficient.measure.memory import weight_bytes
+from vit_efficient.measure.models import Contender, Step
+from vit_efficient.model.build import DTYPES, build_model
+from vit_efficient.model.module import learning_rate
+from vit_efficient.model.optim import build_optimizer
+from vit_efficient.parallel.order import prepare_blocks
+from vit_efficient.quantization.calibrate import FEWEST, calibrate
+from vit_efficient.quantization.calibration import CalibrationConfig
+from vit_efficient.quantization.int8_layers import learn_scales
+from vit_efficient.recipe.compat import check, resolve
+from vit_efficient.recipe.load import load_recipe
+from vit_efficient.recipe.schema import Recipe
+
+How = Literal["eager", "compiled", "graph", "compiled-graph", "training"]
+CLASSES = 1000  # of the head, where neither the recipe nor a file says otherwise
+IRRELEVANT = ("data.", "strategy.micro_batch")  # keys whose mistakes do not matter where no data is read
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the command line names: a recipe with overrides of its own, or a model file, and how it shall run.
+
+    Args:
+        source: name or path of a recipe, or a run, model file or checkpoint.
+        words: overrides.
+        how: the way it runs.
+        file: whether `source` is a run, model file or checkpoint.
+        name: what to call it; unset: the recipe and its own overrides.
+        tf32: whether float32 products may round their operands to TF32.
+    """
+
+    source: str
+    words: tuple[str, ...] = ()
+    how: How = "eager"
+    file: bool = False
+    name: str | None = None
+    tf32: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.name or " ".join((Path(self.source).name if self.file else self.source, *self.words))
+
+
+# What a user could take instead, as recipes of ours; `--peers` puts them beside the others.
+PEERS = (
+    Entry("fp32_sdpa", name="fp32"),
+    Entry("fp32_sdpa", name="TF32 + compile", how="compiled", tf32=True),
+    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16"),
+    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + compile", how="compiled"),
+    Entry("fp32_sdpa", ("quantization.precision=fp16",), name="fp16 + compile", how="compiled"),
+    Entry(
+        "fp32_sdpa",
+        (
+            "quantization=torchao",
+            "quantization.scheme=int8_dynamic_activation_int8_weight",
+            "quantization.precision=bf16",
+        ),
+        name="torchao int8 dynamic + compile",
+        how="compiled",
+    ),
+    Entry(
+        "fp32_sdpa",
+        (
+            "quantization=torchao", "quantization.scheme=float8_dynamic_activation_float8_weight",
+            "quantization.precision=bf16",
+        ),
+        name="torchao fp8 dynamic + compile",
+        how="compiled",
+    ),
+    Entry("fp32_sdpa", ("quantization=bnb_int8", "quantization.precision=fp16"), name="bitsandbytes LLM.int8"),
+    Entry("int4_sdpa", ("quantization.lora=null", "quantization.precision=bf16"), name="bitsandbytes nf4"),
+)  # fmt: skip
+
+
+def load_entry(entry: Entry, words: Sequence[str], machine: Machine) -> Recipe:
+    """The resolved recipe of an entry.
+
+    Args:
+        entry: what to load.
+        words: overrides that all entries share; the entry's own win.
+        machine: where it shall run.
+
+    Raises:
+        RecipeError: this machine cannot run it.
+    """
+    source = entry.source
+    if entry.file:
+        _, recipe_file = find(entry.source)
+        if recipe_file is None:
+            raise UserError(f"--checkpoint {entry.source}: no recipe lies beside it. Name its run's folder.")
+        source = str(recipe_file)
+    recipe, _ = resolve(load_recipe(source, [*words, *entry.words]).recipe, machine)
+    problems = [p for p in check(recipe, machine) if not p.path.startswith(IRRELEVANT)]
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -> Contender:
+    """Build a model and put it on its device.
+
+    Weights are random unless the recipe names some; speed does not depend on them. A form that wants calibration gets
+    it on random images, which `tell` is told: such a model answers nothing sensible.
+
+    Args:
+        entry: how it runs, and its name.
+        recipe: resolved, of `load_entry`.
+        tell: what a person should know.
+    """
+    device = torch.device("cuda" if recipe.strategy.accelerator == "gpu" else "cpu")
+    dtype = DTYPES[recipe.quantization.precision]
+    if entry.how == "training":
+        return _trained(entry, recipe, device, tell)
+    if entry.file:
+        path, _ = find(entry.source)
+        classes = len(load_file(path).class_names) if path.suffix == ".safetensors" else recipe.model.num_classes
+        if classes is None:
+            raise UserError(f"--checkpoint {entry.source}: how many classes it has is not said. Name its model file.")
+        subject = from_checkpoint(path, recipe, classes)
+        model, size = subject.model, subject.image.size
+    else:
+        built = _built(recipe, device, tell, entry.title)
+        recipe.quantization.finalize(built.model)
+        model, size = built.model, built.image.size
+    model = model.eval().requires_grad_(False).to(device, dtype)
+    held = weight_bytes(model)
+    run = _inference(model, entry)
+    words = [entry.source, *entry.words]
+    return Contender(entry.title, entry.how, dtype, size, held, run, words)
+
+
+def _built(recipe: Recipe, device: torch.device, tell: Callable[[str], None], title: str) -> Any:
+    torch.manual_seed(recipe.run.seed)
+    built = build_model(recipe, recipe.model.num_classes or CLASSES, base=getattr(recipe.quantization, "base", None))
+    if needs_calibration(recipe):
+        tell(f"{title}: calibrated on {FEWEST} random images, for its speed alone")
+        config = getattr(recipe.quantization, "calibration", None) or CalibrationConfig()
+        # What is fitted decides which operations run; how well does not.
+        config = config.model_copy(update={"samples": FEWEST, "views": 1, "rounding": "nearest", "importance": False})
+        size = built.image.size
+        images = torch.randn(FEWEST, 3, size, size, generator=torch.Generator().manual_seed(0))
+        built.model.to(device)
+        with torch.autocast(device.type, enabled=False):
+            calibrate(built.model, [images.to(device)], config)
+        if getattr(recipe.quantization, "learn_scales", False):
+            learn_scales(built.model)
+    return built
+
+
+def _inference(model: nn.Module, entry: Entry) -> Callable[[Tensor], Step]:
+    compiled: Any = torch.compile(model, dynamic=False) if entry.how.startswith("compiled") else model
+
+    @torch.no_grad()
+    def forward(images: Tensor) -> Tensor:
+        with _float32_products(entry.tf32):
+            return compiled(images)
+
+    def prepare(images: Tensor) -> Step:
+        if entry.how.endswith("graph"):
+            return _captured(forward, images)
+        return forward
+
+    return prepare
+
+
+@contextmanager
+def _float32_products(tf32: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _captured(forward: Step, images: Tensor) -> Step:
+    """`forward` on these very images as a CUDA graph: one launch for all kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capture wants everything compiled, allocated and chosen before
+        for _ in range(3):
+            forward(images)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = forward(images)
+
+    def replay(_: Tensor) -> object:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _trained(entry: Entry, recipe: Recipe, device: torch.device, tell: Callable[[str], None]) -> Contender:
+    """A contender whose step is forward, backward, clipping and the optimizer's step, on random labels."""
+    built = _built(recipe, device, tell, entry.title)
+    if not built.trainable:
+        raise UserError(f"{entry.title} leaves nothing to train: quantization={recipe.quantization.name}.")
+    model = built.model.to(device).train()
+    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
+    dtype = DTYPES[recipe.quantization.precision]
+    held, optim = weight_bytes(model), recipe.optim
+    lr = learning_rate(optim, recipe.quantization)
+
+    def prepare(images: Tensor) -> Step:
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        optimizer = build_optimizer(model, optim, lr, scaled=dtype == torch.float16)
+        labels = torch.randint(model.num_classes, (len(images),), generator=torch.Generator().manual_seed(0)).to(device)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+
+        def step(images: Tensor) -> object:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), _float32_products(entry.tf32):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            scaler.scale(loss).backward()
+            if optim.clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(trainable, optim.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
+        return step
+
+    words = [entry.source, *entry.words]
+    contender = Contender(entry.title, "training", torch.float32, built.image.size, held, prepare, words)
+    return replace(contender, computes=dtype)
