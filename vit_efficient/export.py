@@ -76,15 +76,16 @@ def parser() -> Parser:
 
 def onnx(options: argparse.Namespace, console: Console) -> None:
     """Run `export onnx`."""
+    from vit_efficient.engine.trainer import quiet
+
+    quiet()  # before the packages are imported that it is about
     from vit_efficient.attention.sdpa import SdpaConfig
     from vit_efficient.engine.deployed import load_file
     from vit_efficient.engine.merging import check_free
     from vit_efficient.engine.onnx_export import export_onnx
     from vit_efficient.engine.rundir import MODEL
-    from vit_efficient.engine.trainer import quiet
     from vit_efficient.measure.units import size
 
-    quiet()
     check_free(options.out, ".onnx")
     path = Path(options.source)
     deployed = load_file(path / MODEL if path.is_dir() else path, attention=SdpaConfig())
@@ -93,7 +94,7 @@ def onnx(options: argparse.Namespace, console: Console) -> None:
     for what, text in (
         ("written", f"{options.out}, {size(written)}, products {options.products}"),
         ("takes", f"`images` (B, 3, {side}, {side}) float32, normalised with mean {deployed.image.mean} "
-                  f"and std {deployed.image.std}; gives `logits` (B, {len(deployed.class_names)})"),
+                  f"and std {deployed.image.std}; gives `logits` (B, {deployed.model.num_classes})"),
     ):  # fmt: skip
         console.print(f"[bold]{what:>13}[/]  {text}", soft_wrap=True)
 

@@ -87,7 +87,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     machine = detect()
     recipe = load(options, machine, console)
-    problems = check(recipe, machine)
+    problems = check(recipe, machine, trains=True)
     if options.dry_run:
         from vit_efficient.engine.dry import dry_run
 

@@ -68,6 +68,8 @@ def resolved(name: str, overrides: Sequence[str], console: Console) -> Recipe:
 
 def quantize(options: argparse.Namespace, console: Console) -> None:
     """Run `quantize --recipe R --out MODEL`, with or without `--sensitivity`."""
+    if options.onnx is not None:
+        raise UserError("--onnx is for `--verify MODEL`: it names the same model as exported to ONNX.")
     if options.recipe is None or options.out is None:
         raise UserError("quantize needs `--recipe R` and `--out MODEL.safetensors`; or `--verify MODEL`.")
     from vit_efficient.engine.trainer import quiet
@@ -135,6 +137,9 @@ def verify(options: argparse.Namespace, console: Console) -> int:
     from vit_efficient.engine.subject import find
     from vit_efficient.engine.verify import run_verify
 
+    for word, given in (("--sensitivity", options.sensitivity), ("--out", options.out), ("--output", options.output)):
+        if given:
+            raise UserError(f"--verify compares a written model and writes nothing: leave out {word}.")
     path, described = find(str(options.verify), "--verify")
     if path.suffix != ".safetensors" or described is None:
         raise UserError(f"--verify {options.verify}: give a model file, or the folder of a finished run.")

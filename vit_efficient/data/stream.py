@@ -124,6 +124,7 @@ class SampleStream(IterableDataset[Batch | Failure]):
         batch = self._empty(positions.size)
         batch["position"] = torch.from_numpy(positions)
         pixels = _new_pixels(positions.size, self.transform.size)
+        rows = pixels.numpy()  # the same memory; decoders give arrays that torch warns of as read-only
         deferred = DeferredImages()
         places = shards.tolist(), indices.tolist()
         samples = zip(self.reader.read_all(*places), places[0], seeds.tolist(), strict=True)
@@ -138,7 +139,7 @@ class SampleStream(IterableDataset[Batch | Failure]):
             if isinstance(made.image, Deferred):
                 deferred.add(row, made.image)
             else:
-                pixels[row] = torch.from_numpy(made.image)
+                np.copyto(rows[row], made.image)
             batch["label"][row], batch["weight"][row], batch["key"][row] = label, 1.0, key
             if self.transform.erases:
                 batch["erase"][row] = torch.tensor(made.erase)

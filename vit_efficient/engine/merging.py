@@ -155,7 +155,8 @@ def merge_source(
     recipe = source.recipe
     precision = precision or ("bf16" if recipe.quantization.precision == "bf16" else "fp32")
     scheme = without_adapters(recipe.quantization) if requantize else NoneConfig()
-    result = recipe.model_copy(update={"quantization": scheme.model_copy(update={"precision": precision})})
+    quantization = scheme.model_copy(update={"precision": precision})
+    result = recipe.model_copy(update={"quantization": quantization, "variant": f"{recipe.variant}, merged"})
 
     noise = torch.randn(PROBES, 3, *[source.image.size] * 2, generator=torch.Generator().manual_seed(0))
     before = _logits(source.model, noise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from vit_efficient.errors import Problem
 from vit_efficient.machine import Machine
@@ -86,18 +86,23 @@ def _precision(machine: Machine, on_gpu: bool) -> tuple[str, str]:
     return precision, f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}"
 
 
-def check(recipe: Recipe, machine: Machine, *, chooses_layers: bool = False) -> list[Problem]:
+def check(
+    recipe: Recipe, machine: Machine, *, chooses_layers: bool = False, trains: bool = False
+) -> list[Problem]:
     """Every reason why this machine cannot run the recipe; empty if it can.
 
     Args:
         recipe: resolved or not.
         machine: where it shall run.
         chooses_layers: whether the command finds out what `keep: auto` means.
+        trains: whether the command trains.
 
     Knows no model: what depends on it (head width, layers that `keep` matches) is found when it is built.
     """
     recipe, _ = resolve(recipe, machine)
     problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe), *_combined(recipe)]
+    if trains and (reason := _untrainable(recipe)):
+        problems.append(Problem("quantization", reason))
     if getattr(recipe.quantization, "keep", None) == "auto" and not chooses_layers:
         message = "is auto, which `python -m vit_efficient.quantize` decides on images. Name the layers that it found"
         problems.append(Problem("quantization.keep", message, suggestion="[patch_embed, head]"))
@@ -141,6 +146,24 @@ def _combined(recipe: Recipe) -> list[Problem]:
         )
         return [Problem("quantization.attention", message)]
     return []
+
+
+# Whose weights stay as they were quantized: adapters are all that can be trained there.
+FROZEN = ("int4", "bnb_int8", "torchao")
+
+
+def _untrainable(recipe: Recipe) -> str | None:
+    """Why a recipe leaves nothing to train, and what to do."""
+    quantization: Any = recipe.quantization
+    if quantization.name not in FROZEN or getattr(quantization, "lora", None) is not None:
+        return None
+    adapters = "take a variant that trains"
+    if hasattr(quantization, "lora") and getattr(quantization, "type", None) != "int":
+        adapters = "set quantization.lora, or take a variant that trains"
+    return (
+        f"{quantization.name} leaves nothing to train here: {adapters}. Without training: "
+        "`python -m vit_efficient.quantize` makes a model file, `evaluate` counts how good it is"
+    )
 
 
 def _refused(section: str, reason: str | None) -> list[Problem]:

@@ -16,6 +16,7 @@ T4 = Gpu("Tesla T4", (7, 5), 16 << 30)
 A100 = Gpu("NVIDIA A100", (8, 0), 40 << 30)
 V100 = Gpu("Tesla V100", (7, 0), 16 << 30)
 CPU = Machine(cores=2, packages=PACKAGES)
+TRAINER = Machine(cores=2, packages={**PACKAGES, "torchao": "0.18.0"})
 ONE_T4 = Machine((T4,), "535.1", 8, PACKAGES)
 NODE = Machine((A100,) * 4, "580.1", 64, PACKAGES)
 
@@ -163,3 +164,25 @@ def test_known_disappointments_are_said() -> None:
     assert "not faster" in caveats(recipe(variant="int4_sdpa"), NODE)[0]
     assert "Tesla T4" in caveats(recipe(), ONE_T4)[0]
     assert caveats(recipe(), NODE) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("quantization=int4", "quantization.lora=null"), "int4 leaves nothing to train here: set quantization.lora"),
+        (("quantization=int4", "quantization.type=int"), "int4 leaves nothing to train here: take a variant"),
+        (("quantization=bnb_int8",), "bnb_int8 leaves nothing to train here: set quantization.lora"),
+        (("quantization=torchao",), "torchao leaves nothing to train here: take a variant"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_where_training_is_asked(words: tuple[str, ...], said: str) -> None:
+    recipe = load_recipe("fp32_sdpa", words).recipe
+    (problem,) = check(recipe, TRAINER, trains=True)
+    assert problem.path == "quantization"
+    assert problem.message.startswith(said)
+    assert check(recipe, TRAINER) == []
+
+
+@pytest.mark.parametrize("name", ["int4_sdpa", "lora_sdpa", "int8_sdpa", "fp8_sdpa", "w4a8_sdpa", "int8_static_sdpa"])
+def test_what_can_be_trained_is_not(name: str) -> None:
+    assert check(load_recipe(name).recipe, TRAINER, trains=True) == []
