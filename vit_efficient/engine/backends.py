@@ -1,7 +1,7 @@
-"""The ways to run a deployed model's integer layers, and what is seen of each layer while one of them runs.
+"""The ways to run the parts of a deployed model that compute on codes, and what is seen of each while one of them runs.
 
-A backend is a name, how exact it must be, why it cannot run here, and a context in which the model's integer layers run
-on it. To add one, add an entry to `BACKENDS`; one that only brings another product uses `substituted`.
+A backend is a name, how exact it must be, which models it serves, why it cannot run here, and a context in which the
+parts run on it. To add one, add an entry to `BACKENDS`; one that only brings another product uses `substituted`.
 """
 
 from __future__ import annotations
@@ -15,48 +15,55 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vit_efficient.kernels.int8_linear import op, reference
-from vit_efficient.quantization.int8_layers import DeployedInt8, to_image, to_patches
+from vit_efficient.engine.parts import (
+    Inputs,
+    Part,
+    attention_codes,
+    attention_dtype,
+    code_layers,
+    definition,
+    fp8_layers,
+    integer_layers,
+    ordinals,
+)
+from vit_efficient.kernels.fp8_linear.op import has_units
+from vit_efficient.kernels.int8_linear import op
+from vit_efficient.quantization.fp8_layers import DeployedFp8
+from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
+from vit_efficient.quantization.int8_layers import DeployedInt8, to_image
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One integer layer in one forward: M tokens, K inputs, N outputs."""
+    """One part in one forward."""
 
     name: str
-    layer: DeployedInt8
-    x: Tensor
-    """The layer's input: (..., K), or images (B, C, H, W)."""
+    part: Part
+    inputs: Inputs
     codes: Tensor
-    """What entered the product, int8 (M, K)."""
+    """What entered its product, as `parts.definition` gives it."""
     y: Tensor
-    """The layer's output, (M, N)."""
+    """Its output, of a layer as (M, N)."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run integer layers.
+    """One way to run the parts.
 
     Args:
-        exact: whether codes and outputs must equal the definition's bit for bit; else `verify` states its bound.
+        exact: whether codes must equal the definition's bit for bit, and outputs where their sums are exact; else
+            `verify` states its bound.
         absent: why it cannot run on a device, or None.
-        using: while it lasts, the model's integer layers run on this backend.
+        using: while it lasts, the model's parts run on this backend.
+        serves: whether a model has parts that it runs otherwise than the other backends do.
     """
 
     exact: bool
     absent: Callable[[torch.device], str | None]
     using: Callable[[nn.Module], AbstractContextManager[Any]]
-
-
-def integer_layers(model: nn.Module) -> dict[str, DeployedInt8]:
-    """The deployed layers that multiply integers, by name; not those whose weights alone are quantized."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, DeployedInt8) and module.scheme.activations != "none"
-    }
+    serves: Callable[[nn.Module], bool] = lambda model: bool(integer_layers(model))
 
 
 def in_float32(model: nn.Module) -> nn.Module:
@@ -70,41 +77,44 @@ def in_float32(model: nn.Module) -> nn.Module:
 # -- the definition ---------------------------------------------------------------------------------------------------
 
 
-def definition(layer: DeployedInt8, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `kernels.int8_linear.reference` makes of a layer's input: codes (M, K) and outputs (M, N) in `dtype`."""
-    scheme, weight_NK = layer.scheme, layer.weight_codes()
-    with torch.autocast(x.device.type, enabled=False):  # which would round the sums
-        tokens = to_patches(x, layer.shape[2:])[0] if layer.deployed == "patches" else x
-        x_MK = tokens.reshape(-1, tokens.shape[-1])
-        if layer.shift is not None:
-            x_MK = x_MK.to(torch.float32) - layer.shift
-        if layer.smooth is not None:
-            x_MK = x_MK.to(torch.float32) / layer.smooth
-        q_MK, scale_M1 = reference.quantize_activations(x_MK, scheme, layer.input_scale)
-        if scheme.group is None:
-            sum_MN, scale_N = reference.int8_matmul(q_MK, weight_NK), layer.weight_scale.reshape(-1)
-        else:
-            sum_MN = reference.grouped_matmul(q_MK, weight_NK, layer.weight_scale, scheme.group)
-            scale_N = torch.ones_like(layer.weight_scale[:, 0])
-        return q_MK, reference.epilogue(sum_MN, scale_M1, scale_N, layer.bias, dtype)
-
-
 @contextmanager
 def defined(model: nn.Module) -> Iterator[None]:
-    """Integer layers answer what the definition says, whatever they would have answered themselves."""
+    """Every part answers what the definition says, whatever it would have answered itself."""
 
     def answer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert isinstance(layer, DeployedInt8)
-        (x,) = inputs
-        _, y_MN = definition(layer, x, output.dtype)
+        assert isinstance(layer, DeployedInt8 | DeployedFp8)
+        _, y_MN = definition(layer, Inputs(inputs, {}), output.dtype)
         if layer.deployed == "linear":
             return y_MN.view(output.shape)
         return to_image(y_MN.view(output.shape[0], -1, output.shape[1]), (output.shape[2], output.shape[3]))
 
+    def attend(part: Int8Attend) -> Callable[..., Tensor]:
+        def run(*tensors: Tensor, **options: Any) -> Tensor:
+            inputs = Inputs(tensors, options)
+            return definition(part, inputs, attention_dtype(inputs))[1]
+
+        return run
+
     with ExitStack() as stack:
-        for layer in integer_layers(model).values():
+        for layer in code_layers(model).values():
             stack.callback(layer.register_forward_hook(answer).remove)
+        for part in integer_attention(model).values():
+            stack.enter_context(_attending(part, attend(part)))
         yield
+
+
+@contextmanager
+def _attending(part: Int8Attend, run: Callable[..., Tensor]) -> Iterator[None]:
+    """While it lasts, `part.attend` is `run`."""
+    own = part.__dict__.get("attend")
+    part.__dict__["attend"] = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del part.__dict__["attend"]
+        else:
+            part.__dict__["attend"] = own
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -132,15 +142,30 @@ def _int_mm_absent(device: torch.device) -> str | None:
     return None
 
 
+def _units_absent(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "torch._scaled_mm needs the fp8 matrix units of a GPU from sm_89"
+    if not has_units(device.index or 0):
+        return f"{torch.cuda.get_device_name(device)} has no fp8 matrix units; they came with sm_89"
+    return None
+
+
+def _float32_fp8_absent(device: torch.device) -> str | None:
+    return None if _units_absent(device) else "the layers take torch._scaled_mm here"
+
+
 def _float32_absent(device: torch.device) -> str | None:
     return None if _int_mm_absent(device) else "the layers take torch._int_mm here"
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(True, lambda device: None, defined),
+    "reference": Backend(True, lambda device: None, defined, lambda model: True),
     # The model as it is deployed: the operation `int8_matmul` takes `torch._int_mm` where that is exact.
     "torch._int_mm": Backend(True, _int_mm_absent, lambda model: nullcontext()),
     "float32 sums": Backend(True, _float32_absent, lambda model: nullcontext()),
+    # Likewise `fp8_matmul`.
+    "torch._scaled_mm": Backend(True, _units_absent, lambda model: nullcontext(), lambda m: bool(fp8_layers(m))),
+    "fp8 in float32": Backend(True, _float32_fp8_absent, lambda model: nullcontext(), lambda m: bool(fp8_layers(m))),
 }
 
 
@@ -148,7 +173,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 class _Operands(TorchDispatchMode):
-    """Keeps the activations' codes of every integer product."""
+    """Keeps the activations' codes of every product of codes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,15 +182,18 @@ class _Operands(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.vit_efficient.int8_matmul.default:
             self.codes.append(args[0])
+        elif func is torch.ops.vit_efficient.fp8_matmul.default:
+            self.codes.append(ordinals(args[0]))
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def observe(model: nn.Module, images: Tensor, backend: Backend, see: Callable[[Seen], None]) -> Tensor:
-    """Run `model` on `backend` and show every integer layer as it ends.
+    """Run `model` on `backend` and show every part as it ends.
 
     The codes shown are those that entered the layer's product: a layer with groups has several, which are joined. A
-    backend that does without the operation `int8_matmul` is believed to quantize as `DeployedInt8.codes` does.
+    backend that does without the operations `int8_matmul` and `fp8_matmul` is believed to quantize as the layer's own
+    `codes` does, and attention as `kernels.int8_attention.op` does.
 
     Returns:
         Logits (B, C), float32.
@@ -177,17 +205,34 @@ def observe(model: nn.Module, images: Tensor, backend: Backend, see: Callable[[S
 
     def end(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(layer, DeployedInt8)
-            codes = torch.cat(operands.codes, dim=1) if operands.codes else layer.codes(inputs[0])[0]
+            assert isinstance(layer, DeployedInt8 | DeployedFp8)
+            codes = torch.cat(operands.codes, dim=1) if operands.codes else _own_codes(layer, inputs[0])
             tokens = output.flatten(2).transpose(1, 2) if layer.deployed == "patches" else output
-            see(Seen(name, layer, inputs[0], codes, tokens.reshape(-1, tokens.shape[-1])))
+            see(Seen(name, layer, Inputs(inputs, {}), codes, tokens.reshape(-1, tokens.shape[-1])))
 
         return hook
 
+    def shown(name: str, part: Int8Attend) -> Callable[..., Tensor]:
+        run = part.attend
+
+        def attend(*tensors: Tensor, **options: Any) -> Tensor:
+            inputs, y = Inputs(tensors, options), run(*tensors, **options)
+            see(Seen(name, part, inputs, attention_codes(part, inputs), y))
+            return y
+
+        return attend
+
     with ExitStack() as stack:
         stack.enter_context(backend.using(model))
-        for name, layer in integer_layers(model).items():
+        for name, layer in code_layers(model).items():
             stack.callback(layer.register_forward_pre_hook(begin).remove)
             stack.callback(layer.register_forward_hook(end(name)).remove)
+        for name, part in integer_attention(model).items():
+            stack.enter_context(_attending(part, shown(name, part)))
         stack.enter_context(operands)
         return model(images).float()
+
+
+def _own_codes(layer: DeployedInt8 | DeployedFp8, x: Tensor) -> Tensor:
+    codes = layer.codes(x)[0]
+    return codes if isinstance(layer, DeployedInt8) else ordinals(codes)

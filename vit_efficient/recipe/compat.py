@@ -86,9 +86,7 @@ def _precision(machine: Machine, on_gpu: bool) -> tuple[str, str]:
     return precision, f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}"
 
 
-def check(
-    recipe: Recipe, machine: Machine, *, chooses_layers: bool = False, trains: bool = False
-) -> list[Problem]:
+def check(recipe: Recipe, machine: Machine, *, chooses_layers: bool = False, trains: bool = False) -> list[Problem]:
     """Every reason why this machine cannot run the recipe; empty if it can.
 
     Args:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine import onnx_export
-from vit_efficient.engine.backends import integer_layers
 from vit_efficient.engine.onnx_export import export_onnx, missing_packages
 from vit_efficient.engine.onnx_run import OnnxRun
+from vit_efficient.engine.parts import integer_layers
 from vit_efficient.engine.tally import VerifyResult
 from vit_efficient.engine.verify import run_verify
 from vit_efficient.errors import CapabilityError, CheckpointError, UserError

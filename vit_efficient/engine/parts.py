@@ -1,0 +1,144 @@
+"""The parts of a deployed model that compute on codes, and what the definitions in `kernels` make of a part's input.
+
+A part is an integer layer, an fp8 layer, or the integer attention of a block. Legend: M tokens, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_efficient.kernels.fp8_linear import reference as fp8
+from vit_efficient.kernels.int8_attention import op as attention_op
+from vit_efficient.kernels.int8_attention import reference as attention
+from vit_efficient.kernels.int8_linear import reference
+from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.quantization.fp8_layers import DeployedFp8
+from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
+from vit_efficient.quantization.int8_layers import DeployedInt8, to_patches
+
+Part = DeployedInt8 | DeployedFp8 | Int8Attend
+
+FLOAT32 = 1e-5  # of an output's norm: float32 sums in another order
+FP8_UNITS, FP8_FAST = 1e-3, 1e-2  # the same on fp8 matrix units, which sum in fewer bits
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a part is given: a layer its input, attention queries, keys and values and how to attend."""
+
+    tensors: tuple[Tensor, ...]
+    options: dict[str, Any]
+
+
+def integer_layers(model: nn.Module) -> dict[str, DeployedInt8]:
+    """The deployed layers that multiply integers, by name; not those whose weights alone are quantized."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DeployedInt8) and module.scheme.activations != "none"
+    }
+
+
+def fp8_layers(model: nn.Module) -> dict[str, DeployedFp8]:
+    """The deployed fp8 layers, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DeployedFp8)}
+
+
+def code_layers(model: nn.Module) -> dict[str, DeployedInt8 | DeployedFp8]:
+    """All layers that multiply codes, by name, in the model's order."""
+    found = integer_layers(model) | fp8_layers(model)
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def code_parts(model: nn.Module) -> dict[str, Part]:
+    """All parts, by name; integer attention by that of its attention module."""
+    return {**code_layers(model), **integer_attention(model)}
+
+
+def output_bound(part: Part) -> float | None:
+    """How far a sound backend's output may be from the definition's, of its norm; None: not at all."""
+    if isinstance(part, DeployedInt8):
+        return None  # integer sums are exact, and the epilogue's order is written
+    if isinstance(part, Int8Attend):
+        return FLOAT32  # softmax and the values' product are float sums
+    return FP8_FAST if part.scheme.accumulation == "fast" else FP8_UNITS
+
+
+def definition(part: Part, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the definition makes of a part's input.
+
+    Returns:
+        The codes that enter its product, int8 (of fp8 their `ordinals`), and its output in `dtype`: (M, K) and (M, N)
+        of a layer; of attention the codes of queries, keys and values in a row, and (B, H, N, F).
+    """
+    with torch.autocast(inputs.tensors[0].device.type, enabled=False):  # which would round the sums
+        if isinstance(part, Int8Attend):
+            return _attention(part, inputs, dtype)
+        (x,) = inputs.tensors
+        tokens = to_patches(x, part.shape[2:])[0] if part.deployed == "patches" else x
+        x_MK = tokens.reshape(-1, tokens.shape[-1])
+        if part.shift is not None:
+            x_MK = x_MK.to(torch.float32) - part.shift
+        return _integer(part, x_MK, dtype) if isinstance(part, DeployedInt8) else _fp8(part, x_MK, dtype)
+
+
+def _integer(layer: DeployedInt8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scheme, weight_NK = layer.scheme, layer.weight_codes()
+    if layer.smooth is not None:
+        x_MK = x_MK.to(torch.float32) / layer.smooth
+    q_MK, scale_M1 = reference.quantize_activations(x_MK, scheme, layer.input_scale)
+    if scheme.group is None:
+        sum_MN, scale_N = reference.int8_matmul(q_MK, weight_NK), layer.weight_scale.reshape(-1)
+    else:
+        sum_MN = reference.grouped_matmul(q_MK, weight_NK, layer.weight_scale, scheme.group)
+        scale_N = torch.ones_like(layer.weight_scale[:, 0])
+    return q_MK, reference.epilogue(sum_MN, scale_M1, scale_N, layer.bias, dtype)
+
+
+def _fp8(layer: DeployedFp8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    q_MK, scale_M1 = fp8.quantize_activations(x_MK, layer.scheme)
+    sum_MN = fp8.product(q_MK, layer.weight.flatten(1))
+    return ordinals(q_MK), fp8.epilogue(sum_MN, scale_M1, layer.weight_scale.unsqueeze(1), layer.bias, dtype)
+
+
+def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    given = attend.scales or (None, None, None)
+    codes = [
+        attention.quantize(x, attend.granularity, scale)[0].reshape(-1)
+        for x, scale in zip(inputs.tensors, given, strict=True)
+    ]
+    y_BHNF = attention.int8_attention(
+        *inputs.tensors,
+        bias=inputs.options.get("bias"),
+        mask=inputs.options.get("mask"),
+        scale=inputs.options["scale"],
+        granularity=attend.granularity,
+        scales=attend.scales,
+        dtype=dtype,
+    )
+    return torch.cat(codes), y_BHNF
+
+
+def attention_codes(attend: Int8Attend, inputs: Inputs) -> Tensor:
+    """The codes of queries, keys and values as the running attention makes them, in a row."""
+    given = attend.scales or (None, None, None)
+    quantized = (
+        attention_op.quantize(x, attend.granularity, scale) for x, scale in zip(inputs.tensors, given, strict=True)
+    )
+    return torch.cat([codes.reshape(-1) for codes, _ in quantized])
+
+
+def attention_dtype(inputs: Inputs) -> torch.dtype:
+    """Of an attention's output."""
+    return output_dtype(inputs.tensors[2])
+
+
+def ordinals(codes: Tensor) -> Tensor:
+    """e4m3 codes as integers, int8, in the order of their values: neighbours differ by one, both zeros are 0."""
+    bits = codes.contiguous().view(torch.uint8).to(torch.int16)
+    size = bits & 0x7F
+    return torch.where(bits > 0x7F, -size, size).to(torch.int8)
