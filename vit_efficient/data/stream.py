@@ -12,6 +12,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,17 @@ def _new_pixels(count: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
+def _obey_the_next(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 def init_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which then ends its workers; otherwise each prints a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the main process, which then saves and ends its workers.
+
+    Ctrl-C goes to a whole terminal, and Slurm's signals to all processes of a step. A worker that died of one would
+    make the main process fail while it saves. The second SIGTERM is obeyed: it is how a stuck worker is ended.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _obey_the_next)
     gc.freeze()  # what was there before the fork stays: collections need not look through all of torch

@@ -1,0 +1,331 @@
+"""Train on a Slurm cluster.
+
+python -m vit_efficient.submit --recipe R --nodes N --gpus-per-node G --time T [--site site.yaml] [key=value ...]
+python -m vit_efficient.submit status [RUN ...] | logs [-f] RUN | cancel RUN ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.syntax import Syntax
+
+from vit_efficient.cli import Parser, base_parser, run_command
+from vit_efficient.cluster import runs, slurm
+from vit_efficient.cluster.record import Job, folder, write_whole
+from vit_efficient.cluster.script import Request, Script, check_request, read_time
+from vit_efficient.cluster.site import Site, read_site
+from vit_efficient.errors import Problem, RecipeError, UserError
+from vit_efficient.recipe.compat import check
+from vit_efficient.recipe.load import dump_recipe, load_recipe
+from vit_efficient.recipe.merge import COMMAND_LINE
+from vit_efficient.recipe.schema import Recipe
+
+# The models that the founding study compares.
+STUDY = ("fp32_sdpa", "int8_sdpa", "int8_flash2", "int4_sdpa", "int4_flash2")
+BASE = "fp32_sdpa"  # what adapters start from, where nothing else is given
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line that submits."""
+    words = base_parser(
+        "submit",
+        "Write a job script for Slurm, show it, submit it, and say where to look. "
+        "`submit status`, `submit logs -f RUN` and `submit cancel RUN` look after submitted runs.",
+        several=True,
+        required=False,
+    )
+    words.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (1)")
+    words.add_argument(
+        "--gpus-per-node", type=_natural, default=1, metavar="G", help="one process each (1); 0 trains on CPUs"
+    )
+    words.add_argument("--tasks-per-node", type=_positive, metavar="P", help="processes on a node, with 0 GPUs (1)")
+    words.add_argument("--time", required=True, metavar="T", help="limit of one start: 12h, 90m, 2-12:00:00")
+    words.add_argument("--site", type=Path, metavar="FILE", help="what differs between clusters (./site.yaml)")
+    words.add_argument(
+        "--array",
+        choices=("variants", "recipes"),
+        help=f"a job array, each run its own folder. variants: the study's five ({', '.join(STUDY)}) "
+        "and every --recipe; recipes: every --recipe",
+    )
+    words.add_argument("--dry-run", action="store_true", help="check and show the script; needs no Slurm")
+    return words
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to be: its recipe, its folder, and the folders whose checkpoints show that it gets further."""
+
+    recipe: Recipe
+    run: Path
+    progress: tuple[str, ...]
+    after_base: bool = False  # begins when the array's base is trained
+
+
+def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site: Site) -> tuple[list[Planned], Path]:
+    """Load and check recipes, and give each its folder.
+
+    Returns:
+        The runs, and the folder that the script belongs to: the run's own, or that of the study.
+
+    Raises:
+        RecipeError: every mistake.
+    """
+    recipes, problems = [], []
+    for name in names:
+        try:
+            recipe = _placed(name, overrides, request)
+        except RecipeError as error:
+            problems += error.problems
+            continue
+        found = check(recipe, request.machine(site))
+        problems += [replace(problem, origin=problem.origin or _asker(name, names)) for problem in found]
+        recipes.append(recipe)
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    from vit_efficient.engine.rundir import ROOT, RunDir, new_path, stamp
+
+    root = site.runs or ROOT
+    if len(recipes) == 1:
+        (recipe,) = recipes
+        home = (recipe.run.dir or new_path(recipe.variant, recipe.protocol, root)).absolute()
+    else:
+        study = f"study-{Path(recipes[0].protocol).stem}-{stamp()}"
+        home = (recipes[0].run.dir or root / study).absolute()
+    folders = [home] if len(recipes) == 1 else [home / recipe.variant for recipe in recipes]
+    for path in (*folders, home):
+        RunDir(path).check_new()
+    planned = [_planned(recipe, path) for recipe, path in zip(recipes, folders, strict=True)]
+    return (_sharing_a_base(planned) if len(planned) > 1 else planned), home
+
+
+def _asker(name: str, names: Sequence[str]) -> str:
+    return f"--recipe {name}" if len(names) > 1 else ""
+
+
+def _placed(name: str, overrides: Sequence[str], request: Request) -> Recipe:
+    """A recipe whose hardware section is what the job asks for, except where the command line says otherwise."""
+    loaded = load_recipe(name, overrides)
+    strategy = loaded.recipe.strategy
+    wanted = {
+        "accelerator": "gpu" if request.gpus else "cpu",
+        "devices": request.tasks,
+        "nodes": request.nodes,
+    }
+    update = {
+        key: value
+        for key, value in wanted.items()
+        if hasattr(strategy, key)
+        and (loaded.origins.get(f"strategy.{key}") != COMMAND_LINE or getattr(strategy, key) == "auto")
+    }
+    recipe = loaded.recipe.model_copy(update={"strategy": strategy.model_copy(update=update)})
+    if recipe.strategy.accelerator != wanted["accelerator"]:
+        asked = f"is {recipe.strategy.accelerator}, and the job has {request.gpus or 'no'} GPUs a node"
+        raise RecipeError([Problem("strategy.accelerator", f"{asked}: see --gpus-per-node", COMMAND_LINE)])
+    return recipe
+
+
+def _planned(recipe: Recipe, run: Path) -> Planned:
+    from vit_efficient.engine.base import base_recipe, given_base, has_adapters
+
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": run})})
+    progress = [str(run)]
+    if has_adapters(recipe) and given_base(recipe) is None:
+        base = base_recipe(recipe).run.dir
+        assert base is not None
+        progress.append(str(base.absolute()))
+    return Planned(recipe, run, tuple(progress))
+
+
+def _sharing_a_base(planned: list[Planned]) -> list[Planned]:
+    """Of an array: runs that would each train the same base take that of the array instead, and begin after it."""
+    waiting = [one for one in planned if len(one.progress) > 1]
+    base = next((one for one in planned if one.recipe.variant == BASE), None)
+    if not waiting or (base is None and len(waiting) == 1):
+        return planned
+    if base is None:
+        names = " and ".join(one.recipe.variant for one in waiting)
+        message = f"{names} would each train the same fp32 base at the same time. Add `--recipe {BASE}`, or name a base"
+        raise RecipeError([Problem("quantization.base", message, suggestion="quantization.base=FILE")])
+    weights = str(base.run / "model.safetensors")
+    shared = []
+    for one in planned:
+        if one in waiting:
+            quantization = one.recipe.quantization.model_copy(update={"base": weights})
+            recipe = one.recipe.model_copy(update={"quantization": quantization})
+            one = Planned(recipe, one.run, (str(one.run),), after_base=True)
+        shared.append(one)
+    return shared
+
+
+def submit(options: argparse.Namespace, console: Console) -> None:
+    """Run the command."""
+    site, site_file, problems = read_site(options.site)
+    names = list(dict.fromkeys([*(options.recipe or []), *(STUDY if options.array == "variants" else [])]))
+    if not names:
+        problems.append(Problem("--recipe", "is missing: the name of a variant (int8_sdpa) or a file"))
+    if len(names) > 1 and options.array is None:
+        problems.append(Problem("--recipe", "is given more than once", suggestion="--array recipes"))
+    seconds = 2 * site.warn_seconds
+    try:
+        seconds = read_time(options.time)
+    except ValueError as error:
+        problems.append(Problem("--time", str(error)))
+    request = Request.of(
+        site, nodes=options.nodes, gpus=options.gpus_per_node, tasks=options.tasks_per_node, seconds=seconds
+    )
+    problems += check_request(request, site)
+    planned: list[Planned] = []
+    home = Path()
+    try:
+        planned, home = plan(names, options.overrides, request, site)
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(_mistakes(problems))
+    first = planned[0].recipe
+    title = f"{', '.join(one.recipe.variant for one in planned)} on {first.protocol}"
+    name = f"{first.variant if len(planned) == 1 else 'study'}-{Path(first.protocol).stem}"
+    script = Script(name, title, request, site, site_file, tuple(one.run for one in planned), home, Path.cwd())
+    console.print(Syntax("", "bash").highlight(script.render()), soft_wrap=True)
+    if options.dry_run:
+        _tell(console, script, "none: with --dry-run nothing is written or submitted")
+        return
+    numbers = _hand_over(planned, script)
+    _tell(console, script, f"[bold green]{' and '.join(numbers)}[/] in the queue, as {name}")
+    home = runs.short(home)
+    console.print(
+        f"\npython -m vit_efficient.submit status {home}\n"
+        f"python -m vit_efficient.submit logs -f {runs.short(script.runs[0])}\n"
+        f"python -m vit_efficient.submit cancel {home}",
+        soft_wrap=True,
+    )
+
+
+def _mistakes(problems: Sequence[Problem]) -> str:
+    count = len(problems)
+    head = f"{count} mistake{'s' * (count != 1)}; nothing was submitted\n"
+    return head + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _hand_over(planned: Sequence[Planned], script: Script) -> list[str]:
+    """Write all that the job needs, and submit it; what was written is taken back where Slurm refuses.
+
+    Returns:
+        Job numbers: one, or two where some runs of an array begin after another one.
+    """
+    slurm.require()
+    try:
+        for index, one in enumerate(planned):
+            write_whole(folder(one.run) / "recipe.yaml", dump_recipe(one.recipe))
+            log, again = str(script.log(index)), script.again(index)
+            Job("", script.name, log, time.time(), one.progress, script.site.restarts, again).write(one.run)
+        write_whole(script.path, script.render())
+        if not script.array:
+            numbers = {0: slurm.submit(script.path)}
+            submitted = list(numbers.values())
+        else:
+            numbers, submitted = _submit_array(planned, script)
+    except (UserError, OSError):
+        for path in (*(one.run for one in planned), script.home):
+            _take_back(path)
+        raise
+    for index, one in enumerate(planned):
+        replace(Job.read(one.run), number=numbers[index]).write(one.run)
+    return submitted
+
+
+def _submit_array(planned: Sequence[Planned], script: Script) -> tuple[dict[int, str], list[str]]:
+    """Slurm's numbers by index, and the jobs that were submitted."""
+    later = [index for index, one in enumerate(planned) if one.after_base]
+    now = [index for index in range(len(planned)) if index not in later]
+    job = slurm.submit(script.path, f"--array={','.join(map(str, now))}")
+    numbers, submitted = {index: f"{job}_{index}" for index in now}, [job]
+    if later:
+        base = next(index for index in now if planned[index].recipe.variant == BASE)
+        wait = (f"--dependency=afterok:{job}_{base}", "--kill-on-invalid-dep=yes")
+        job = slurm.submit(script.path, f"--array={','.join(map(str, later))}", *wait)
+        numbers |= {index: f"{job}_{index}" for index in later}
+        submitted.append(job)
+    return numbers, submitted
+
+
+def _take_back(home: Path) -> None:
+    shutil.rmtree(folder(home), ignore_errors=True)
+    if home.is_dir() and not any(home.iterdir()):
+        home.rmdir()
+
+
+def _tell(console: Console, script: Script, what: str) -> None:
+    rows = [("job", what), ("run" if not script.array else "study", str(script.home))]
+    rows += [("script", str(script.path)), ("log", str(script.log()) if not script.array else "a log for each run")]
+    for label, text in rows:
+        console.print(f"[bold]{label:>13}[/]  {text}", soft_wrap=True)
+
+
+def look_after(command: str, argv: Sequence[str], console: Console) -> None:
+    """`status`, `logs` and `cancel`."""
+    about = {
+        "status": "Where submitted runs stand.",
+        "logs": "What a run's job has printed.",
+        "cancel": "Cancel the jobs of runs: each saves and ends. What it has so far stays.",
+    }[command]
+    words = Parser(prog=f"python -m vit_efficient.submit {command}", description=about, allow_abbrev=False)
+    words.add_argument(
+        "runs",
+        nargs="*" if command == "status" else "+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder, or a folder of runs",
+    )
+    if command == "logs":
+        words.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
+    if command == "status":
+        words.add_argument("--site", type=Path, metavar="FILE", help="says where runs are, if no RUN is given")
+    options = words.parse_intermixed_args(argv)
+    site, _, problems = read_site(getattr(options, "site", None))
+    if problems:
+        raise UserError(_mistakes(problems))
+    found = runs.find(options.runs, site.runs or Path("runs"))
+    if command == "status":
+        console.print(runs.table(runs.status_of(found)))
+    elif command == "cancel":
+        runs.cancel(found, console)
+    elif len(found) > 1:
+        listed = "\n".join(f"    {runs.short(run)}" for run in found)
+        raise UserError(f"{options.runs[0]} holds several runs; name one:\n{listed}")
+    else:
+        runs.follow(found[0], console, on=options.follow)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; raises UserError for what the user can mend."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = Console(highlight=False)
+    if words and words[0] in ("status", "logs", "cancel"):
+        look_after(words[0], words[1:], console)
+    else:
+        submit(parser().parse_intermixed_args(words), console)
+
+
+if __name__ == "__main__":
+    run_command(main)
