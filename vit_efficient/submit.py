@@ -11,8 +11,9 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.syntax import Syntax
@@ -21,16 +22,14 @@ from vit_efficient.cli import Parser, base_parser, run_command
 from vit_efficient.cluster import runs, slurm
 from vit_efficient.cluster.record import Job, folder, write_whole
 from vit_efficient.cluster.script import Request, Script, check_request, read_time
-from vit_efficient.cluster.site import Site, read_site
+from vit_efficient.cluster.site import read_site
 from vit_efficient.errors import Problem, RecipeError, UserError
-from vit_efficient.recipe.compat import check
-from vit_efficient.recipe.load import dump_recipe, load_recipe
-from vit_efficient.recipe.merge import COMMAND_LINE
-from vit_efficient.recipe.schema import Recipe
+
+if TYPE_CHECKING:  # what looks after runs needs neither torch nor the seconds that importing it takes
+    from vit_efficient.engine.submission import Planned
 
 # The models that the founding study compares.
 STUDY = ("fp32_sdpa", "int8_sdpa", "int8_flash2", "int4_sdpa", "int4_flash2")
-BASE = "fp32_sdpa"  # what adapters start from, where nothing else is given
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,114 +70,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One run to be: its recipe, its folder, and the folders whose checkpoints show that it gets further."""
-
-    recipe: Recipe
-    run: Path
-    progress: tuple[str, ...]
-    after_base: bool = False  # begins when the array's base is trained
-
-
-def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site: Site) -> tuple[list[Planned], Path]:
-    """Load and check recipes, and give each its folder.
-
-    Returns:
-        The runs, and the folder that the script belongs to: the run's own, or that of the study.
-
-    Raises:
-        RecipeError: every mistake.
-    """
-    recipes, problems = [], []
-    for name in names:
-        try:
-            recipe = _placed(name, overrides, request)
-        except RecipeError as error:
-            problems += error.problems
-            continue
-        found = check(recipe, request.machine(site))
-        problems += [replace(problem, origin=problem.origin or _asker(name, names)) for problem in found]
-        recipes.append(recipe)
-    if problems:
-        raise RecipeError(list(dict.fromkeys(problems)))
-    from vit_efficient.engine.rundir import ROOT, RunDir, new_path, stamp
-
-    root = site.runs or ROOT
-    if len(recipes) == 1:
-        (recipe,) = recipes
-        home = (recipe.run.dir or new_path(recipe.variant, recipe.protocol, root)).absolute()
-    else:
-        study = f"study-{Path(recipes[0].protocol).stem}-{stamp()}"
-        home = (recipes[0].run.dir or root / study).absolute()
-    folders = [home] if len(recipes) == 1 else [home / recipe.variant for recipe in recipes]
-    for path in (*folders, home):
-        RunDir(path).check_new()
-    planned = [_planned(recipe, path) for recipe, path in zip(recipes, folders, strict=True)]
-    return (_sharing_a_base(planned) if len(planned) > 1 else planned), home
-
-
-def _asker(name: str, names: Sequence[str]) -> str:
-    return f"--recipe {name}" if len(names) > 1 else ""
-
-
-def _placed(name: str, overrides: Sequence[str], request: Request) -> Recipe:
-    """A recipe whose hardware section is what the job asks for, except where the command line says otherwise."""
-    loaded = load_recipe(name, overrides)
-    strategy = loaded.recipe.strategy
-    wanted = {
-        "accelerator": "gpu" if request.gpus else "cpu",
-        "devices": request.tasks,
-        "nodes": request.nodes,
-    }
-    update = {
-        key: value
-        for key, value in wanted.items()
-        if hasattr(strategy, key)
-        and (loaded.origins.get(f"strategy.{key}") != COMMAND_LINE or getattr(strategy, key) == "auto")
-    }
-    recipe = loaded.recipe.model_copy(update={"strategy": strategy.model_copy(update=update)})
-    if recipe.strategy.accelerator != wanted["accelerator"]:
-        asked = f"is {recipe.strategy.accelerator}, and the job has {request.gpus or 'no'} GPUs a node"
-        raise RecipeError([Problem("strategy.accelerator", f"{asked}: see --gpus-per-node", COMMAND_LINE)])
-    return recipe
-
-
-def _planned(recipe: Recipe, run: Path) -> Planned:
-    from vit_efficient.engine.base import base_recipe, given_base, has_adapters
-
-    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": run})})
-    progress = [str(run)]
-    if has_adapters(recipe) and given_base(recipe) is None:
-        base = base_recipe(recipe).run.dir
-        assert base is not None
-        progress.append(str(base.absolute()))
-    return Planned(recipe, run, tuple(progress))
-
-
-def _sharing_a_base(planned: list[Planned]) -> list[Planned]:
-    """Of an array: runs that would each train the same base take that of the array instead, and begin after it."""
-    waiting = [one for one in planned if len(one.progress) > 1]
-    base = next((one for one in planned if one.recipe.variant == BASE), None)
-    if not waiting or (base is None and len(waiting) == 1):
-        return planned
-    if base is None:
-        names = " and ".join(one.recipe.variant for one in waiting)
-        message = f"{names} would each train the same fp32 base at the same time. Add `--recipe {BASE}`, or name a base"
-        raise RecipeError([Problem("quantization.base", message, suggestion="quantization.base=FILE")])
-    weights = str(base.run / "model.safetensors")
-    shared = []
-    for one in planned:
-        if one in waiting:
-            quantization = one.recipe.quantization.model_copy(update={"base": weights})
-            recipe = one.recipe.model_copy(update={"quantization": quantization})
-            one = Planned(recipe, one.run, (str(one.run),), after_base=True)
-        shared.append(one)
-    return shared
-
-
 def submit(options: argparse.Namespace, console: Console) -> None:
-    """Run the command."""
+    """Run the command that submits."""
+    from vit_efficient.engine.submission import plan
+
     site, site_file, problems = read_site(options.site)
     names = list(dict.fromkeys([*(options.recipe or []), *(STUDY if options.array == "variants" else [])]))
     if not names:
@@ -212,11 +107,11 @@ def submit(options: argparse.Namespace, console: Console) -> None:
         return
     numbers = _hand_over(planned, script)
     _tell(console, script, f"[bold green]{' and '.join(numbers)}[/] in the queue, as {name}")
-    home = runs.short(home)
+    where = runs.short(home)
     console.print(
-        f"\npython -m vit_efficient.submit status {home}\n"
+        f"\npython -m vit_efficient.submit status {where}\n"
         f"python -m vit_efficient.submit logs -f {runs.short(script.runs[0])}\n"
-        f"python -m vit_efficient.submit cancel {home}",
+        f"python -m vit_efficient.submit cancel {where}",
         soft_wrap=True,
     )
 
@@ -233,6 +128,8 @@ def _hand_over(planned: Sequence[Planned], script: Script) -> list[str]:
     Returns:
         Job numbers: one, or two where some runs of an array begin after another one.
     """
+    from vit_efficient.recipe.load import dump_recipe
+
     slurm.require()
     try:
         for index, one in enumerate(planned):
@@ -261,7 +158,7 @@ def _submit_array(planned: Sequence[Planned], script: Script) -> tuple[dict[int,
     job = slurm.submit(script.path, f"--array={','.join(map(str, now))}")
     numbers, submitted = {index: f"{job}_{index}" for index in now}, [job]
     if later:
-        base = next(index for index in now if planned[index].recipe.variant == BASE)
+        base = next(index for index in now if planned[index].is_base)
         wait = (f"--dependency=afterok:{job}_{base}", "--kill-on-invalid-dep=yes")
         job = slurm.submit(script.path, f"--array={','.join(map(str, later))}", *wait)
         numbers |= {index: f"{job}_{index}" for index in later}

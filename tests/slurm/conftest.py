@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SMALL = (
     "model.kwargs={patch_size: 8, depth: 2, embed_dim: 48, num_heads: 3}", "data.batch_size=128",
@@ -55,12 +61,16 @@ MinJobAge=600
 InactiveLimit=0
 KillWait=20
 SlurmdTimeout=10
+OverTimeLimit=2
 GresTypes=gpu
 {nodes}
 PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory={memory} Gres=gpu:h200:2 State=UNKNOWN"
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 Gres=gpu:h200:2 "
+    "State=UNKNOWN"
+)
 GRES_CONF = """\
 NodeName=n[1-2] Name=gpu Type=h200 File=/dev/null
 NodeName=n[1-2] Name=gpu Type=h200 File=/dev/zero
@@ -90,9 +100,7 @@ class Cluster:
         self.folder = folder
         host = socket.gethostname()
         controller, daemon, *ports = free_ports(4)
-        nodes = "\n".join(
-            NODE.format(name=name, host=host, port=port, memory=1000) for name, port in zip(NODES, ports, strict=True)
-        )
+        nodes = "\n".join(NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True))
         (folder / "state").mkdir()
         self.conf = folder / "slurm.conf"
         self.conf.write_text(
@@ -111,23 +119,22 @@ class Cluster:
         self.run("slurmd", "-N", name, "-f", str(self.conf))
 
     def kill_node(self, name: str) -> None:
-        """What a power cut does: the daemon and everything that it started are gone at once."""
-        pid = self.daemon_pid(name)
-        assert pid is not None
-        victims = [pid, *self._steps(name)]
-        for parent in victims:
-            victims += [child for child in _children(parent) if child not in victims]
+        """What a power cut does: the daemon and all that it started are gone at once."""
+        victims = [pid for pid in [self.daemon_pid(name)] if pid is not None]
+        for process in self._processes(name):
+            victims += [_parent(process), process]
         for victim in victims:
-            _kill(victim)
+            if victim in victims[:1] or "slurmstepd" in _command(victim) or victim in self._processes(name):
+                _kill(victim)
 
-    def _steps(self, name: str) -> list[int]:
-        """The step daemons of a node: they are no children of its slurmd, but name its spool or are its sessions."""
+    def _processes(self, name: str) -> list[int]:
+        """What jobs run on a node; each was told where it is. Their parents, the step daemons, hide what they were."""
+        marks = (f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.conf}".encode())
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                text = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                environment = (process / "environ").read_bytes()
-                if text.startswith("slurmstepd") and f"SLURM_CONF={self.conf}".encode() in environment:
+                environment = (process / "environ").read_bytes().split(b"\0")
+                if all(mark in environment for mark in marks):
                     found.append(int(process.name))
         return found
 
@@ -148,6 +155,15 @@ class Cluster:
         for pid in [self.daemon_pid(name) for name in names]:
             if pid is not None and _alive(pid):
                 _kill(pid)
+
+    def clear(self) -> None:
+        """End all jobs, and bring back nodes that a test has killed."""
+        self.run("scancel", "--user=root", check=False)
+        for name in NODES:
+            if not _alive(self.daemon_pid(name)):
+                self.start_node(name)
+        self.wait_for("an empty queue", lambda: not self.run("squeue", "-h").strip())
+        self.wait_for("both nodes", lambda: all(self.node_state(name) == "IDLE" for name in NODES))
 
     def run(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
@@ -184,7 +200,143 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _children(pid: int) -> list[int]:
+def _parent(pid: int) -> int:
     with contextlib.suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The running cluster; none of its daemons outlives the tests."""
+    missing = [name for name in DAEMONS if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"needs Slurm (Debian: apt-get install slurm-wlm); not installed: {', '.join(missing)}")
+    if os.getuid() != 0:
+        pytest.skip("needs root, as which Slurm's daemons run here")
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+class Desk:
+    """A folder that runs are submitted from, with a site file for the test cluster."""
+
+    def __init__(self, cluster: Cluster, folder: Path, cache: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.environment = {
+            **cluster.environment, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "120",
+        }  # fmt: skip
+        self.site()
+
+    def site(self, **more: object) -> None:
+        """Write `site.yaml`: what the test cluster wants, and more."""
+        environment = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "VIT_EFFICIENT_CACHE": "CACHE"}
+        environment["VIT_EFFICIENT_CACHE"] = self.environment["VIT_EFFICIENT_CACHE"]
+        (self.folder / "site.yaml").write_text(json.dumps({"partition": "cpu", "environment": environment, **more}))
+
+    def submit(self, *words: str, code: int = 0) -> str:
+        """Run `python -m vit_efficient.submit`; returns what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "vit_efficient.submit", *words], cwd=self.folder, env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def start(self, run: str, *words: str) -> str:
+        """Submit a small digits run on CPUs that leaves an audit file `RUN.txt`. Returns its job number."""
+        self.submit(*_small(words), *words, f"run.dir={run}", f"data.audit={run}.txt")
+        return self.number(run)
+
+    def start_array(self, study: str, *words: str) -> None:
+        """Submit several as an array."""
+        self.submit(*_small(words), *words, f"run.dir={study}")
+
+    def number(self, run: str) -> str:
+        """The job of a run."""
+        return str(json.loads((self.folder / run / "slurm" / "job.json").read_text())["number"])
+
+    def log(self, run: str) -> str:
+        """What a run's job has printed."""
+        log = Path(json.loads((self.folder / run / "slurm" / "job.json").read_text())["log"])
+        return log.read_text(errors="replace") if log.is_file() else ""
+
+    def metrics(self, run: str) -> dict[str, Any]:
+        """Of a finished run."""
+        return dict(json.loads((self.folder / run / "metrics.json").read_text()))
+
+    def audit(self, run: str) -> list[tuple[int, int, int, str]]:
+        """(epoch, step, rank, key) of every sample that a run has trained on so far."""
+        file = self.folder / f"{run}.txt"
+        rows = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
+        return [(int(epoch), int(step), int(rank), key) for epoch, step, rank, key in rows]
+
+    def steps(self, run: str) -> int:
+        """How many optimizer steps a run has done, each counted once."""
+        return len({row[:2] for row in self.audit(run)})
+
+    def wait_for_steps(self, run: str, steps: int) -> None:
+        """Wait until a run has done that many."""
+        self._wait(run, f"{steps} steps of {run}", lambda: self.steps(run) >= steps)
+
+    def wait_for_end(self, *runs: str) -> None:
+        """Wait until runs are finished; their jobs need not wait the two minutes after a requeue."""
+        for run in runs:
+            self._wait(run, f"the end of {run}", (self.folder / run / "metrics.json").is_file, nudge=True)
+
+    def _wait(self, run: str, what: str, happened: Callable[[], bool], *, nudge: bool = False) -> None:
+        def look() -> bool:
+            number = self.number(run)
+            job = self.cluster.job(number)
+            if nudge and job["JobState"] == "PENDING":
+                self.cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            if job["JobState"] in ("FAILED", "TIMEOUT", "CANCELLED") and not happened():
+                raise AssertionError(f"job {number} is {job['JobState']}\n{self.log(run)}")
+            return happened()
+
+        try:
+            self.cluster.wait_for(what, look)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log(run)}") from None
+
+
+def _small(words: tuple[str, ...]) -> list[str]:
+    """What makes a run small, except where `words` say otherwise."""
+    given = {word.partition("=")[0] for word in words}
+    chosen = [word for word in SMALL if word.partition("=")[0] not in given]
+    for option, value in (("--recipe", "int8_sdpa"), ("--time", "20m"), ("--gpus-per-node", "0")):
+        chosen += [] if option in given else [option, value]
+    return chosen
+
+
+@pytest.fixture
+def desk(cluster: Cluster, tmp_path: Path, slurm_cache: Path) -> Iterator[Desk]:
+    """A fresh folder to submit from; the queue is empty and both nodes are up before and after."""
+    yield Desk(cluster, tmp_path, slurm_cache)
+    cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def slurm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where digits are prepared, once for all tests."""
+    return Path(os.environ.get("VIT_EFFICIENT_CACHE") or tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def straight(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, slurm_cache: Path) -> Desk:
+    """A small run `straight` of one process, never interrupted, that others are held against."""
+    made = Desk(cluster, tmp_path_factory.mktemp("straight"), slurm_cache)
+    made.start("straight")
+    made.wait_for_end("straight")
+    return made
