@@ -92,7 +92,8 @@ def submit(options: argparse.Namespace, console: Console) -> None:
     planned: list[Planned] = []
     home = Path()
     try:
-        planned, home = plan(names, options.overrides, request, site)
+        if names:
+            planned, home = plan(names, options.overrides, request, site)
     except RecipeError as error:
         problems += error.problems
     if problems:

@@ -43,7 +43,8 @@ def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site:
     Raises:
         RecipeError: every mistake.
     """
-    recipes, problems = [], []
+    recipes: list[Recipe] = []
+    problems: list[Problem] = []
     for name in names:
         try:
             recipe = _placed(name, overrides, request)
@@ -52,6 +53,9 @@ def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site:
             continue
         found = check(recipe, request.machine(site))
         problems += [replace(problem, origin=problem.origin or _asker(name, names)) for problem in found]
+        if recipe.variant in (other.variant for other in recipes):
+            message = f"{recipe.variant} is the name of two recipes, and would be that of two folders: rename a file"
+            problems.append(Problem("--recipe", message))
         recipes.append(recipe)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
