@@ -291,9 +291,23 @@ class Desk:
         self._wait(run, f"{steps} steps of {run}", lambda: self.steps(run) >= steps)
 
     def wait_for_end(self, *runs: str) -> None:
-        """Wait until runs are finished; their jobs need not wait the two minutes after a requeue."""
+        """Wait until runs and their jobs are finished; these need not wait the two minutes after a requeue."""
         for run in runs:
-            self._wait(run, f"the end of {run}", (self.folder / run / "metrics.json").is_file, nudge=True)
+            self._wait(run, f"the end of {run}", lambda run=run: self._completed(run), nudge=True)
+            assert (self.folder / run / "metrics.json").is_file()
+
+    def wait_for_failure(self, run: str) -> None:
+        """Wait until a run's job has failed for good."""
+        number = self.number(run)
+
+        def failed() -> bool:
+            self.cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            return self.cluster.job(number)["JobState"] == "FAILED"
+
+        self.cluster.wait_for(f"job {number} to fail", failed)
+
+    def _completed(self, run: str) -> bool:
+        return self.cluster.job(self.number(run))["JobState"] == "COMPLETED"
 
     def _wait(self, run: str, what: str, happened: Callable[[], bool], *, nudge: bool = False) -> None:
         def look() -> bool:

@@ -125,20 +125,17 @@ def test_no_progress(desk: Desk, cluster: Cluster) -> None:
     desk.site(restarts=1, setup=["ulimit -t 2"])  # seconds of CPU: enough to begin, not to train
     number = desk.start("run")
 
-    def gave_up() -> bool:
-        cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
-        return cluster.job(number)["JobState"] == "FAILED"
-
-    cluster.wait_for("the job to give up", gave_up)
+    desk.wait_for_failure("run")
+    assert int(cluster.job(number)["Restarts"]) == 1
     assert len(starts(desk, "run")) == 2
-    assert "was started 2 times in a row without getting further than step 0" in desk.log("run")
+    assert "started 2 times in a row without getting further than step 0" in desk.log("run")
     assert "started 2 times" in desk.submit("status", "run")
 
 
 def test_a_mistake_is_not_tried_again(desk: Desk, cluster: Cluster) -> None:
     """What only the user can mend ends the job at once."""
     number = desk.start("run", "model.weights=absent.safetensors", "--nodes", "2")
-    cluster.wait_for("the end of the job", lambda: cluster.job(number)["JobState"] == "FAILED")
+    desk.wait_for_failure("run")
     assert cluster.job(number)["Restarts"] == "0"
     assert "stopped by a mistake that only you can mend" in desk.log("run")
     assert "absent.safetensors" in desk.submit("status", "run")

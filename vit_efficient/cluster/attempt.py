@@ -15,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from vit_efficient.cluster.record import (
@@ -25,6 +26,7 @@ from vit_efficient.cluster.record import (
     add_attempt,
     attempts,
     clear_outcomes,
+    note_outcome,
     outcomes,
     step_reached,
 )
@@ -56,17 +58,7 @@ def begin(run: Path, environment: Mapping[str, str]) -> str:
     by_hand = number != job.number and not environment.get("SLURM_JOB_DEPENDENCY")
     if by_hand or job.cancelled:  # somebody asked for another go: `sbatch RUN/slurm/job.sh`
         before = []
-    in_vain = 0
-    for attempt in reversed(before):
-        if attempt.step != step:
-            break
-        in_vain += 1
-    if in_vain > job.restarts:
-        raise UserError(
-            f"{run} was started {in_vain} times in a row without getting further than step {step}, so it is not "
-            f"started again.\n  Read what stopped it above, or in {job.log}.\n"
-            f"  Go on with it when that is mended: {job.again}"
-        )
+    _check_progress(job, before, step)
     if int(environment.get("SLURM_NNODES", "1")) > 1:
         _check_address(environment.get("MASTER_ADDR", ""))
     replace(job, number=number, cancelled=False).write(run)
@@ -74,6 +66,15 @@ def begin(run: Path, environment: Mapping[str, str]) -> str:
     add_attempt(run, Attempt(time.time(), number, environment.get("SLURM_JOB_NODELIST", ""), step))
     how = f"goes on from step {step}" if step else "begins"
     return f"job {number} on {environment.get('SLURM_JOB_NODELIST', '?')}, start {len(before) + 1}: {run.name} {how}"
+
+
+def _check_progress(job: Job, before: Sequence[Attempt], step: int) -> None:
+    in_vain = sum(1 for _ in takewhile(lambda attempt: attempt.step == step, reversed(before)))
+    if in_vain > job.restarts:
+        raise UserError(
+            f"started {in_vain} times in a row without getting further than step {step}; not started again.\n"
+            f"  What stopped it stands above, or in {job.log}.\n  Go on with it when that is mended: {job.again}"
+        )
 
 
 def _check_address(address: str) -> None:
@@ -96,7 +97,18 @@ def end(run: Path, code: int, *, preempted: bool) -> tuple[int, str]:
 
     Returns:
         The exit code for the shell (`AGAIN`: start again), and a line for the log.
+
+    Raises:
+        UserError: it would start again, and has done so too often without getting further.
     """
+    found, line = _judge(run, code, preempted)
+    if found == AGAIN:
+        job = Job.read(run)
+        _check_progress(job, attempts(run), step_reached(job.progress))
+    return found, line
+
+
+def _judge(run: Path, code: int, preempted: bool) -> tuple[int, str]:
     said = outcomes(run)
     if code == 0:
         return 0, "finished"
@@ -132,16 +144,16 @@ def preempted(number: str) -> bool:
 
 def main(words: list[str]) -> int:
     """The two commands above."""
-    run = Path(words[1])
-    if words[0] == "begin":
-        try:
+    run, code = Path(words[1]), 0
+    try:
+        if words[0] == "begin":
             line = begin(run, os.environ)
-        except UserError as error:
-            print(f"vit_efficient: error: {error}", flush=True)
-            return USER_ERROR
-        print(f"\nvit_efficient: {line}", flush=True)
-        return 0
-    code, line = end(run, int(words[2]), preempted=preempted(os.environ["SLURM_JOB_ID"]))
+            print()  # a log holds many starts
+        else:
+            code, line = end(run, int(words[2]), preempted=preempted(os.environ["SLURM_JOB_ID"]))
+    except UserError as error:
+        code, line = USER_ERROR, str(error)
+        note_outcome(run, "mistake", line)  # `submit status` shows it
     print(f"vit_efficient: {line}", flush=True)
     return code
 

@@ -129,6 +129,12 @@ def outcomes(run: Path) -> list[Outcome]:
     return sorted(found, key=lambda outcome: outcome.time)
 
 
+def note_outcome(run: Path, kind: str, detail: str, process: str = "0") -> None:
+    """Put down an `Outcome` of this moment."""
+    text = json.dumps(asdict(Outcome(time.time(), kind, detail)))
+    write_whole(folder(run) / "outcomes" / process, text)
+
+
 def clear_outcomes(run: Path) -> None:
     """Forget those of the start before."""
     for file in (folder(run) / "outcomes").glob("*"):
@@ -155,8 +161,7 @@ def outcome_noted(environment: dict[str, str] | os._Environ[str] = os.environ) -
         raise
     finally:
         if environment.get(VARIABLE):
-            text = json.dumps(asdict(Outcome(time.time(), kind, detail)))
-            write_whole(Path(environment[VARIABLE]) / "outcomes" / environment.get("SLURM_PROCID", "0"), text)
+            note_outcome(Path(environment[VARIABLE]).parent, kind, detail, environment.get("SLURM_PROCID", "0"))
 
 
 def write_whole(path: Path, text: str) -> None:

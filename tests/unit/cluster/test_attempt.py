@@ -43,10 +43,22 @@ def test_without_progress_it_stops(run: Path) -> None:
     lines = [begin(run, JOB) for _ in range(3)]
     assert "start 1: run begins" in lines[0]
     assert "start 3" in lines[2]
-    with pytest.raises(UserError, match=r"3 times in a row without getting further than step 0") as caught:
+    with pytest.raises(UserError, match="started 3 times in a row without getting further than step 0") as caught:
         begin(run, JOB)
     assert "sbatch" in str(caught.value)
     assert len(attempts(run)) == 3
+
+
+def test_it_stops_before_it_waits_in_the_queue_again(run: Path) -> None:
+    begin(run, JOB)
+    begin(run, JOB)
+    assert end(run, 137, preempted=False)[0] == AGAIN
+    begin(run, JOB)
+    with pytest.raises(UserError, match="started 3 times in a row"):
+        end(run, 137, preempted=False)
+    save(run, 1)
+    assert end(run, 137, preempted=False)[0] == AGAIN
+    assert end(run, 0, preempted=False)[0] == 0
 
 
 def test_progress_counts_from_anew(run: Path) -> None:
