@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from vit_efficient.errors import UserError
 
 FOLDER = "slurm"
 VARIABLE = "VIT_EFFICIENT_JOB"  # tells the processes of a job where this folder is
+# Exit codes of a process that was asked to stop, and saved.
+STOPPED = tuple(128 + int(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -154,7 +157,9 @@ def outcome_noted(environment: dict[str, str] | os._Environ[str] = os.environ) -
         kind, detail = "mistake", str(error)
         raise
     except SystemExit as error:
-        kind, detail = ("stopped", str(error.code)) if error.code else ("done", "")
+        kind, detail = ("done", "") if not error.code else ("fault", f"exit code {error.code}")
+        if error.code in STOPPED:
+            kind, detail = "stopped", str(error.code)
         raise
     except BaseException as error:
         kind, detail = "fault", f"{type(error).__name__}: {error}"

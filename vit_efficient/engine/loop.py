@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import lightning.pytorch as L
@@ -122,7 +123,7 @@ class RunLoop(L.Callback):
         datamodule.mark_step(epoch, step + 1)
         at_end = step + 1 == pl_module.steps_per_epoch
         if (asked := self.signals.agreed(pl_module.device)) is not None:
-            raise StopRun(self.save(trainer), asked.name)
+            self._stop(trainer, asked)
         if not at_end and self._due(pl_module.device):  # at an epoch's end the checkpoint waits for the evaluation
             self.save(trainer)
 
@@ -138,7 +139,7 @@ class RunLoop(L.Callback):
         if trainer.state.fn == "fit" and (asked := self.signals.agreed(pl_module.device)) is not None:
             assert isinstance(pl_module, ViTModule)
             pl_module.averaged_weights.close()
-            raise StopRun(self.save(trainer), asked.name)
+            self._stop(trainer, asked)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ViTModule)
@@ -165,6 +166,9 @@ class RunLoop(L.Callback):
         flag = torch.tensor([int(due)], device=device)  # clocks differ between ranks: rank 0's counts
         dist.broadcast(flag, src=0)
         return bool(flag.item())
+
+    def _stop(self, trainer: L.Trainer, asked: Signals) -> None:
+        raise StopRun(self.save(trainer), asked.name)
 
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""

@@ -125,6 +125,8 @@ def test_an_address_that_nobody_knows(run: Path) -> None:
         # one process could not go on, and srun ended the other with SIGTERM
         ([UserError("no data"), SystemExit(143)], 143, False, 2, "a mistake"),
         ([RuntimeError("CUDA error")], 143, False, AGAIN, "RuntimeError: CUDA error"),
+        # one that noticed that another had died, and left with a code of its own
+        ([SystemExit(75), SystemExit(143)], 143, False, AGAIN, "exit code 75"),
         # processes that were killed say nothing
         ([], 137, False, AGAIN, "died"),
         ([], 143, False, AGAIN, "died"),
