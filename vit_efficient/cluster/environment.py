@@ -38,6 +38,10 @@ class SlurmTasks(SLURMEnvironment):
         pass
 
     @staticmethod
+    def _validate_srun_used() -> None:
+        pass  # it was
+
+    @staticmethod
     def _validate_srun_variables() -> None:
         pass  # wants --ntasks-per-node; --ntasks serves as well
 
