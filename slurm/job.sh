@@ -27,7 +27,10 @@ code=$?
 "${python[@]}" -m vit_efficient.cluster.attempt end "$run" "$code"
 code=$?
 if [ "$code" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID" ||
-        sbatch --dependency=afterany:"$SLURM_JOB_ID" @AGAIN@"$script"
+    scontrol requeue "$SLURM_JOB_ID" || {
+        next=$(sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID" @AGAIN@"$script") &&
+            "${python[@]}" -m vit_efficient.cluster.attempt follow "$run" "$next"
+    }
+    code=$?
 fi
 exit "$code"

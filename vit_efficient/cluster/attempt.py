@@ -2,6 +2,7 @@
 
     python -m vit_efficient.cluster.attempt begin RUN          exit 0: go on; 2: not again, and a line says why
     python -m vit_efficient.cluster.attempt end RUN CODE       exit 75: start again; otherwise CODE
+    python -m vit_efficient.cluster.attempt follow RUN JOB     another job goes on with the run: it could not be requeued
 
 CODE is srun's. A time limit, a pre-emption, a process or a node that died: again, as long as the run gets further. A
 mistake that only its user can mend, or `scancel`: not again.
@@ -55,8 +56,7 @@ def begin(run: Path, environment: Mapping[str, str]) -> str:
     job, number = Job.read(run), number_of(environment)
     step = step_reached(job.progress)
     before = attempts(run)
-    by_hand = number != job.number and not environment.get("SLURM_JOB_DEPENDENCY")
-    if by_hand or job.cancelled:  # somebody asked for another go: `sbatch RUN/slurm/job.sh`
+    if number != job.number or job.cancelled:  # somebody asked for another go: `sbatch RUN/slurm/job.sh`
         before = []
     _check_progress(job, before, step)
     if int(environment.get("SLURM_NNODES", "1")) > 1:
@@ -132,6 +132,15 @@ def _judge(run: Path, code: int, preempted: bool) -> tuple[int, str]:
     return AGAIN, f"srun ended with code {code} ({why}); starts again"
 
 
+def follow(run: Path, number: str, environment: Mapping[str, str]) -> str:
+    """Note that job ``number``, as `sbatch --parsable` gave it, goes on with the run. Returns a line for the log."""
+    number = number.partition(";")[0]
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        number += f"_{environment['SLURM_ARRAY_TASK_ID']}"
+    replace(Job.read(run), number=number).write(run)
+    return f"job {number} goes on"
+
+
 def preempted(number: str) -> bool:
     """Whether Slurm is taking this job's nodes away for a job that is more urgent."""
     try:
@@ -143,12 +152,14 @@ def preempted(number: str) -> bool:
 
 
 def main(words: list[str]) -> int:
-    """The two commands above."""
+    """The commands above."""
     run, code = Path(words[1]), 0
     try:
         if words[0] == "begin":
             line = begin(run, os.environ)
             print()  # a log holds many starts
+        elif words[0] == "follow":
+            line = follow(run, words[2], os.environ)
         else:
             code, line = end(run, int(words[2]), preempted=preempted(os.environ["SLURM_JOB_ID"]))
     except UserError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vit_efficient.cluster import attempt
-from vit_efficient.cluster.attempt import AGAIN, begin, end, number_of
+from vit_efficient.cluster.attempt import AGAIN, begin, end, follow, number_of
 from vit_efficient.cluster.record import VARIABLE, Job, attempts, outcome_noted, outcomes, submitted_runs
 from vit_efficient.errors import UserError
 
@@ -92,17 +92,21 @@ def test_sharded_checkpoints_are_folders(run: Path) -> None:
 
 
 def test_submitted_again_by_hand(run: Path) -> None:
-    """A new job number that depends on nothing: a person has another go. A dependent one is the same go."""
+    """A job number that nobody noted: a person has another go. A job that follows is the same go."""
     for _ in range(3):
         begin(run, JOB)
+    assert follow(run, "18;cluster", {}) == "job 18 goes on"
     with pytest.raises(UserError):
-        begin(run, {**JOB, "SLURM_JOB_ID": "18", "SLURM_JOB_DEPENDENCY": "afterany:17"})
+        begin(run, {**JOB, "SLURM_JOB_ID": "18"})
     begin(run, {**JOB, "SLURM_JOB_ID": "19"})
     assert Job.read(run).number == "19"
 
 
-def test_array_task() -> None:
-    assert number_of({**JOB, "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3"}) == "15_3"
+def test_array_task(run: Path) -> None:
+    task = {**JOB, "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3"}
+    assert number_of(task) == "15_3"
+    follow(run, "20", task)
+    assert Job.read(run).number == "20_3"
 
 
 def test_an_address_that_nobody_knows(run: Path) -> None:
