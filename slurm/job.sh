@@ -28,7 +28,8 @@ code=$?
 code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID" || {
-        next=$(sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID" @AGAIN@"$script") &&
+        next=$(sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID" \
+            @AGAIN@"$script") &&
             "${python[@]}" -m vit_efficient.cluster.attempt follow "$run" "$next"
     }
     code=$?

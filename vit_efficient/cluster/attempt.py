@@ -2,7 +2,7 @@
 
     python -m vit_efficient.cluster.attempt begin RUN          exit 0: go on; 2: not again, and a line says why
     python -m vit_efficient.cluster.attempt end RUN CODE       exit 75: start again; otherwise CODE
-    python -m vit_efficient.cluster.attempt follow RUN JOB     another job goes on with the run: it could not be requeued
+    python -m vit_efficient.cluster.attempt follow RUN JOB     another job goes on, as this one cannot be requeued
 
 CODE is srun's. A time limit, a pre-emption, a process or a node that died: again, as long as the run gets further. A
 mistake that only its user can mend, or `scancel`: not again.
