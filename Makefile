@@ -19,6 +19,7 @@ fit: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(PY) -m pytest -q -m 'not slow' tests/unit tests/recipes tests/kernels $(ARGS)
 	$(PY) -m pytest -q -m 'not slow' tests/integration $(ARGS)
+	$(PY) -m pytest -q -m 'not slow' tests/slurm $(ARGS)
 	$(PY) -m pytest -q -m slow $(ARGS)
 
 test-fast: $(VENV)/.ready

@@ -20,6 +20,7 @@ from vit_efficient.recipe.load import load_recipe
 
 COMMANDS = {
     "fit": "train a variant under a protocol, evaluate it, and keep it all in a run folder",
+    "submit": "train on a Slurm cluster; see where submitted runs stand, what they print, cancel them",
     "quantize": "quantize pretrained weights on a few images; find the sensitive layers; verify a model file",
     "evaluate": "evaluate a trained run, or pretrained weights under a recipe's quantization",
     "export": "merge adapters into their base: one plain model file",

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vit_efficient.cli import base_parser, run_command
+from vit_efficient.cluster.record import outcome_noted
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine, detect, rank
 from vit_efficient.recipe.compat import caveats, check, resolve
@@ -125,7 +126,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
         console.print(f"[bold]{'run':>13}[/]  {run.path}")
         result = train(recipe, machine, run, console, base=base.weights if base else None, resume=checkpoint)
     except StopRun as stop:
-        if rank() > 0:
+        if rank() > 0 and machine.launch is None:
             return  # rank 0 reports; a child that ends with an error would make Lightning kill its parent
         again = shlex.join(["python", "-m", "vit_efficient.fit", "--resume", str(stop.checkpoint.parent.parent)])
         console.print(f"\nStopped by {stop.reason}; everything is saved in {stop.checkpoint}.\nGo on with:\n  {again}")
@@ -145,7 +146,8 @@ def fit(options: argparse.Namespace, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; raises UserError for what the user can mend."""
     options = parser().parse_intermixed_args(argv)
-    fit(options, Console(quiet=rank() > 0, highlight=False))
+    with outcome_noted():
+        fit(options, Console(quiet=rank() > 0, highlight=False))
 
 
 if __name__ == "__main__":

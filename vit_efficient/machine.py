@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,45 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """Processes that somebody else started, one for each device: `srun` or `torchrun`.
+
+    Args:
+        by: who.
+        processes: of the run, on all nodes.
+        nodes: that they are on.
+        gpus: of the job on this node. One process may see fewer, where Slurm binds one to each; None: all that it sees.
+        cores: of one process; None: nobody said.
+    """
+
+    by: Literal["srun", "torchrun"]
+    processes: int
+    nodes: int = 1
+    gpus: int | None = None
+    cores: int | None = None
+
+    @property
+    def per_node(self) -> int:
+        """Processes on a node, on the fullest where they differ."""
+        return -(-self.processes // self.nodes)
+
+
+@dataclass(frozen=True)
 class Machine:
-    """What a recipe may count on. Tests build one by hand to ask about machines that are not here."""
+    """What a recipe may count on. Tests and `submit` build one by hand to ask about machines that are not here."""
 
     gpus: tuple[Gpu, ...] = ()
     driver: str = ""
     cores: int = 1
     packages: dict[str, str] = field(default_factory=dict)
+    launch: Launch | None = None
+
+    @property
+    def gpus_on_node(self) -> int:
+        """GPUs that the run's processes on this node have together."""
+        if self.launch is not None and self.launch.gpus is not None and self.gpus:
+            return max(self.launch.gpus, len(self.gpus))
+        return len(self.gpus)
 
     def version(self, package: str) -> str | None:
         """Installed version of a distribution such as ``flash-attn``, or None."""
@@ -59,6 +93,34 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
 
 
+def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """Who started this process together with others, as the environment says; None: it is alone so far.
+
+    A Slurm step of a single task counts as alone: it is also what `srun --pty bash` gives a person.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+        return Launch("torchrun", world, max(1, world // local))
+    processes = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "SLURM_STEP_ID" not in environment or processes == 1:
+        return None
+    gpus, cores = (environment.get(f"SLURM_{name}") for name in ("GPUS_ON_NODE", "CPUS_PER_TASK"))
+    return Launch(
+        "srun",
+        processes,
+        int(environment.get("SLURM_STEP_NUM_NODES", "1")),
+        int(gpus) if gpus else None,
+        int(cores) if cores else None,
+    )
+
+
+def sees_one_gpu(launch: Launch | None) -> bool:
+    """Whether each of several processes of a node was given a GPU of its own and sees no other."""
+    import torch
+
+    return launch is not None and launch.per_node > 1 and torch.cuda.device_count() == 1
+
+
 def driver_version() -> str:
     """The NVIDIA kernel driver's version, or an empty string."""
     try:
@@ -78,7 +140,7 @@ def detect() -> Machine:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpus.append(Gpu(properties.name, (properties.major, properties.minor), properties.total_memory))
-    return Machine(tuple(gpus), driver_version(), cores(), installed())
+    return Machine(tuple(gpus), driver_version(), cores(), installed(), detect_launch())
 
 
 def summary(machine: Machine) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WEIGHTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # lightest first
 
 
 class StopSignals:
@@ -45,11 +46,14 @@ class StopSignals:
 
             os.write(2, b"\nStopping after this step, to save it. Ctrl-C again stops at once, without saving.\n")
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; every rank gets the same answer, so all stop after the same step."""
-        asked = self.received is not None
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return asked
-        flag = torch.tensor([int(asked)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def agreed(self, device: torch.device) -> signal.Signals | None:
+        """The signal that any rank was asked to stop by, or None; the same on every rank, so all stop after one step.
+
+        Where ranks heard different ones the weightiest counts: who cancels a job is not overruled by its time limit.
+        """
+        weight = WEIGHTS.index(self.received) + 1 if self.received is not None else 0
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            heaviest = torch.tensor([weight], device=device)
+            dist.all_reduce(heaviest, op=dist.ReduceOp.MAX)
+            weight = int(heaviest.item())
+        return WEIGHTS[weight - 1] if weight else None

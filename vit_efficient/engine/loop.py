@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import lightning.pytorch as L
@@ -121,8 +122,8 @@ class RunLoop(L.Callback):
         assert isinstance(datamodule, ViTDataModule)
         datamodule.mark_step(epoch, step + 1)
         at_end = step + 1 == pl_module.steps_per_epoch
-        if self.signals.agreed(pl_module.device):
-            self._stop(trainer)
+        if (asked := self.signals.agreed(pl_module.device)) is not None:
+            self._stop(trainer, asked)
         if not at_end and self._due(pl_module.device):  # at an epoch's end the checkpoint waits for the evaluation
             self.save(trainer)
 
@@ -135,10 +136,10 @@ class RunLoop(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and self.signals.agreed(pl_module.device):
+        if trainer.state.fn == "fit" and (asked := self.signals.agreed(pl_module.device)) is not None:
             assert isinstance(pl_module, ViTModule)
             pl_module.averaged_weights.close()
-            self._stop(trainer)
+            self._stop(trainer, asked)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ViTModule)
@@ -166,9 +167,8 @@ class RunLoop(L.Callback):
         dist.broadcast(flag, src=0)
         return bool(flag.item())
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        reason = self.signals.received.name if self.signals.received else "another rank's signal"
-        raise StopRun(self.save(trainer), reason)
+    def _stop(self, trainer: L.Trainer, asked: Signals) -> None:
+        raise StopRun(self.save(trainer), asked.name)
 
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""

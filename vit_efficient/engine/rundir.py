@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vit_efficient.cluster.record import FOLDER as JOB
 from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint
 from vit_efficient.engine.resume import differences
 from vit_efficient.errors import CheckpointError, UserError
@@ -64,9 +65,12 @@ class RunDir:
 
     @property
     def begun(self) -> bool:
-        """Whether this is the folder of a run that ended before its first checkpoint: nothing in it can be lost."""
-        own = {RECIPE, ENVIRONMENT, "checkpoints", "tensorboard"}
-        if not self.recipe.is_file() or {p.name for p in self.path.iterdir()} - own:
+        """Whether this is the folder of a run that ended before its first checkpoint: nothing in it can be lost.
+
+        So is the folder of a run that was submitted to Slurm and did not start yet.
+        """
+        own = {RECIPE, ENVIRONMENT, "checkpoints", "tensorboard", JOB}
+        if not (self.recipe.is_file() or (self.path / JOB).is_dir()) or {p.name for p in self.path.iterdir()} - own:
             return False
         return self.last_checkpoint() is None
 

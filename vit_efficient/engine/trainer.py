@@ -10,7 +10,9 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from vit_efficient.cluster.environment import cluster_environment
 from vit_efficient.engine.checkpoint import AtomicCheckpointIO
+from vit_efficient.machine import detect_launch, sees_one_gpu
 from vit_efficient.parallel.config import DdpConfig
 from vit_efficient.recipe.schema import Recipe
 
@@ -73,9 +75,12 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
     per_node, nodes = devices(recipe)
     name = "ddp" if isinstance(recipe.strategy, DdpConfig) else "auto"
     logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard") if run_dir is not None else False
+    launch = detect_launch()
+    bound = recipe.strategy.accelerator == "gpu" and sees_one_gpu(launch)
+    environment = cluster_environment(launch, bound=bound)
     return L.Trainer(
         accelerator=recipe.strategy.accelerator,
-        devices=per_node,
+        devices=1 if bound else per_node,
         num_nodes=nodes,
         strategy=name,
         precision=PRECISION[recipe.quantization.precision],  # type: ignore[arg-type]
@@ -85,7 +90,7 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
         deterministic=recipe.run.deterministic,
         logger=logger,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([environment] if environment is not None else [])],
         log_every_n_steps=recipe.run.log_every,
         num_sanity_val_steps=0,
         enable_checkpointing=False,

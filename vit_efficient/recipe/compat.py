@@ -6,7 +6,7 @@ import re
 from typing import Any, Literal
 
 from vit_efficient.errors import Problem
-from vit_efficient.machine import Machine
+from vit_efficient.machine import Launch, Machine
 from vit_efficient.parallel.config import AutoConfig, DdpConfig, SingleConfig
 from vit_efficient.recipe.schema import Recipe
 
@@ -32,15 +32,20 @@ def resolve(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
         decided("strategy.accelerator", accelerator, f"{_gpus(machine)} here")
         strategy = strategy.model_copy(update={"accelerator": accelerator})
     on_gpu = strategy.accelerator == "gpu"
-    here = max(1, len(machine.gpus)) if on_gpu else 1
+    here, nodes = max(1, len(machine.gpus)) if on_gpu else 1, 1
+    if machine.launch is not None:
+        here, nodes = machine.launch.per_node, machine.launch.nodes
 
     if isinstance(strategy, AutoConfig):
         common = strategy.model_dump(exclude={"name"})
-        strategy = DdpConfig(**common, devices=here) if here > 1 else SingleConfig(**common)
-        decided("strategy.name", strategy.name, f"{here} device{'s' * (here > 1)}")
+        several = here * nodes > 1
+        strategy = DdpConfig(**common, devices=here, nodes=nodes) if several else SingleConfig(**common)
+        why = f"{here} device{'s' * (here > 1)}" if nodes == 1 else f"{nodes} nodes x {here} devices"
+        decided("strategy.name", strategy.name, why)
     elif isinstance(strategy, DdpConfig) and strategy.devices == "auto":
         strategy = strategy.model_copy(update={"devices": here})
-        decided("strategy.devices", here, "one process for each GPU" if on_gpu else "one process on a CPU")
+        why = "one process for each GPU" if on_gpu else "one process on a CPU"
+        decided("strategy.devices", here, f"as {machine.launch.by} started them" if machine.launch else why)
     per_node, nodes = devices(strategy)
 
     if strategy.micro_batch is None:
@@ -59,16 +64,19 @@ def resolve(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
     data = recipe.data
     if data.workers is None:
         share = machine.cores // per_node
+        why = f"{machine.cores} cores, {per_node} training process{'es' * (per_node > 1)}"
+        if machine.launch is not None and machine.launch.cores is not None:
+            share, why = machine.launch.cores, f"{machine.launch.cores} cores for each training process"
         workers = min(MAX_WORKERS, max(0, share - 1))  # one core is left to the process that trains
         data = data.model_copy(update={"workers": workers})
-        decided("data.workers", workers, f"{machine.cores} cores, {per_node} training process{'es' * (per_node > 1)}")
+        decided("data.workers", workers, why)
 
     update = {"strategy": strategy, "quantization": quantization, "data": data}
     return recipe.model_copy(update=update), notes
 
 
 def _gpus(machine: Machine) -> str:
-    return f"{len(machine.gpus) or 'no'} GPU{'s' * (len(machine.gpus) != 1)}"
+    return f"{machine.gpus_on_node or 'no'} GPU{'s' * (machine.gpus_on_node != 1)}"
 
 
 def devices(strategy: object) -> tuple[int, int]:
@@ -181,10 +189,29 @@ def _devices(recipe: Recipe, machine: Machine) -> list[Problem]:
         message += ". Take strategy.accelerator=cpu, or another machine"
         return [Problem("strategy.accelerator", message)]
     per_node, _ = devices(strategy)
-    if strategy.accelerator == "gpu" and per_node > len(machine.gpus):
-        message = f"is {per_node}, and this machine has {_gpus(machine)}"
-        return [Problem("strategy.devices", message, allowed=f"1 to {len(machine.gpus)}, or auto")]
-    return []
+    problems = _launched(strategy, machine.launch) if machine.launch is not None else []
+    if not problems and strategy.accelerator == "gpu" and per_node > machine.gpus_on_node:
+        message = f"is {per_node}, and {'the job' if machine.launch else 'this machine'} has {_gpus(machine)}"
+        message += " on each node" if machine.launch else ""
+        problems.append(Problem("strategy.devices", message, allowed=f"1 to {machine.gpus_on_node}, or auto"))
+    return problems
+
+
+def _launched(strategy: object, launch: Launch) -> list[Problem]:
+    """Where a recipe and the processes that were started for it disagree."""
+    if launch.processes % launch.nodes:
+        message = f"{launch.by} starts {launch.processes} processes on {launch.nodes} nodes, not equally many on each"
+        return [Problem("strategy.devices", message)]
+    started = f"{launch.by} starts {launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.per_node} processes"
+    if not hasattr(strategy, "devices") and launch.processes > 1:
+        message = f"is {getattr(strategy, 'name', '')}, one process, and {started}. Take strategy=ddp"
+        return [Problem("strategy.name", message)]
+    wanted = zip(("devices", "nodes"), devices(strategy), (launch.per_node, launch.nodes), strict=True)
+    return [
+        Problem(f"strategy.{key}", f"is {asked}, and {started}", suggestion=f"strategy.{key}={given}")
+        for key, asked, given in wanted
+        if asked != given
+    ]
 
 
 def _batch(recipe: Recipe) -> list[Problem]:

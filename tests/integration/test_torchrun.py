@@ -1,0 +1,79 @@
+"""The same recipe under torchrun: a machine with several devices and no Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+Torchrun = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path, cache: Path) -> Iterator[Torchrun]:
+    """Starts `torchrun --nproc-per-node 2 -m vit_efficient.fit ...`; what still runs afterwards is killed."""
+    running: list[subprocess.Popen[str]] = []
+    environment = {**os.environ, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+    def begin(*words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        process = subprocess.Popen(
+            [*command, "-m", "vit_efficient.fit", *words], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def steps_of(audit: Path) -> list[tuple[str, str, str]]:
+    return sorted((e, s, k) for e, s, _, k in (line.split() for line in audit.read_text().splitlines()))
+
+
+def test_two_processes_are_one_run(
+    torchrun: Torchrun, command: Callable[..., str], small: Sequence[str], tmp_path: Path
+) -> None:
+    """`strategy` follows from what torchrun started. Stopped with Ctrl-C's signal, both save; then on to the end."""
+    plain = ("--recipe", "fp32_sdpa", *small, "strategy.accelerator=cpu", "data.workers=1")
+    command("fit", *plain, "run.dir=one", "data.audit=one.txt")
+    process = torchrun(*plain, "run.dir=two", "data.audit=two.txt")
+    audit = tmp_path / "two.txt"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if audit.exists() and len(audit.read_text().splitlines()) > 500:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    printed, _ = process.communicate(timeout=200)
+    assert "Stopped by SIGTERM; everything is saved" in printed
+    assert "1 node x 2 devices" in printed or "strategy.name = ddp: 2 devices" in printed
+    again = torchrun("--resume", "two")
+    printed, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, printed
+    assert steps_of(tmp_path / "one.txt") == steps_of(audit)  # each sample once, none twice
+    ranks = {line.split()[2] for line in audit.read_text().splitlines()}
+    assert ranks == {"0", "1"}
+    one, two = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("one", "two"))
+    assert [h["loss"] for h in two["history"]] == pytest.approx([h["loss"] for h in one["history"]], rel=2e-3)
+
+
+def test_a_mismatch_is_refused(torchrun: Torchrun, small: Sequence[str]) -> None:
+    process = torchrun(
+        "--recipe", "fp32_sdpa", *small, "strategy.accelerator=cpu", "strategy=ddp", "strategy.devices=3"
+    )
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "strategy.devices: is 3, and torchrun starts 1 node x 2 processes" in printed

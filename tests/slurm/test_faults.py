@@ -1,0 +1,141 @@
+"""Time limits, pre-emption, nodes that die: the same samples and the same weights as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from vit_efficient.engine.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from conftest import Cluster, Desk
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def starts(desk: Desk, run: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (desk.folder / run / "slurm/attempts").read_text().splitlines()]
+
+
+def assert_same_samples(desk: Desk, run: str, other: Desk, reference: str) -> None:
+    """Each step's samples, in order, are those of the uninterrupted run; a step that was lost was repeated."""
+    expected: dict[tuple[int, int], list[str]] = {}
+    for epoch, step, _, key in other.audit(reference):
+        expected.setdefault((epoch, step), []).append(key)
+    seen: dict[tuple[int, int], list[str]] = {}
+    for epoch, step, _, key in desk.audit(run):
+        seen.setdefault((epoch, step), []).append(key)
+    assert seen.keys() == expected.keys()
+    for place, keys in seen.items():
+        once = expected[place]
+        assert sorted(keys) == sorted(once * (len(keys) // len(once))), place
+
+
+def assert_same_state(desk: Desk, run: str, other: Desk, reference: str) -> None:
+    """Weights, their average and the optimizer's moments at the end are the same to the last bit."""
+    a, b = (
+        read_checkpoint(d.folder / name / "checkpoints" / "last.ckpt") for d, name in ((desk, run), (other, reference))
+    )
+    for tree in ("state_dict", "average"):
+        left, right = (c[tree]["average"] if tree == "average" else c[tree] for c in (a, b))
+        assert left.keys() == right.keys()
+        assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    left, right = (c["optimizer_states"][0]["state"] for c in (a, b))
+    assert [(n, k) for n in left for k, v in left[n].items() if not torch.equal(v, right[n][k])] == []
+
+
+def test_time_limit(desk: Desk, cluster: Cluster) -> None:
+    """Slurm's own signal before the time limit: saved, requeued, resumed, until the end; two of it side by side."""
+    long = "optim.epochs=40"
+    desk.start("reference", long)
+    desk.site(warn_seconds=10)
+    number = desk.start("limited", long, "--time", "1m")
+    desk.wait_for_end("limited", "reference")
+    assert len(starts(desk, "limited")) > 1
+    assert int(cluster.job(number)["Restarts"]) == len(starts(desk, "limited")) - 1
+    log = desk.log("limited")
+    assert "Stopped by SIGUSR1; everything is saved" in log
+    assert "told by Slurm that its time ends; starts again" in log
+    assert "DUE TO TIME LIMIT" not in log
+    assert_same_samples(desk, "limited", desk, "reference")
+    assert len(desk.audit("limited")) == len(desk.audit("reference"))  # saved at the signal: no step was done twice
+    assert_same_state(desk, "limited", desk, "reference")
+
+
+def test_without_scontrol(desk: Desk, straight: Desk) -> None:
+    """Where `scontrol` is missing the job is followed by another one that depends on it."""
+    desk.site(setup=["scontrol() { echo 'scontrol: command not found' >&2; return 127; }"])
+    first = desk.start("run")
+    desk.wait_for_steps("run", 2)
+    desk.cluster.run("scancel", "--signal=USR1", first)
+    desk.wait_for_end("run")
+    assert desk.number("run") != first
+    assert [start["number"] for start in starts(desk, "run")] == [first, desk.number("run")]
+    assert_same_samples(desk, "run", straight, "straight")
+    assert_same_state(desk, "run", straight, "straight")
+
+
+def test_preempted(desk: Desk, cluster: Cluster, straight: Desk) -> None:
+    """A more urgent job takes the node: TERM and a time of grace; saved, and resumed when the node is free again."""
+    desk.site(sbatch=["--nodelist=n1", "--exclusive"])
+    number = desk.start("run")
+    desk.wait_for_steps("run", 2)
+    cluster.run("sbatch", "--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    desk.wait_for_end("run")
+    assert int(cluster.job(number)["Restarts"]) == 1
+    assert "Stopped by SIGTERM; everything is saved" in desk.log("run")
+    assert "its nodes are taken for another job; starts again" in desk.log("run")
+    assert_same_samples(desk, "run", straight, "straight")
+    assert_same_state(desk, "run", straight, "straight")
+
+
+def test_the_node_dies(desk: Desk, cluster: Cluster, straight: Desk) -> None:
+    """The only node of a job loses its power: Slurm starts the job again on the other one."""
+    number = desk.start("run", "checkpoint.every_steps=4")
+    desk.wait_for_steps("run", 10)
+    died = str(starts(desk, "run")[0]["nodes"])
+    cluster.kill_node(died)
+    desk.wait_for_end("run")
+    other = {"n1": "n2", "n2": "n1"}[died]
+    assert [start["nodes"] for start in starts(desk, "run")] == [died, other]
+    assert int(str(starts(desk, "run")[1]["step"])) >= 8  # nothing lost beyond the last checkpoint
+    assert desk.number("run") == number
+    assert_same_samples(desk, "run", straight, "straight")
+    assert_same_state(desk, "run", straight, "straight")
+
+
+def test_one_of_two_nodes_dies(desk: Desk, cluster: Cluster, straight: Desk) -> None:
+    """The processes on the other node end too, and the job goes on when the node is back."""
+    desk.start("run", "--nodes", "2", "checkpoint.every_steps=4")
+    desk.wait_for_steps("run", 10)
+    cluster.kill_node("n2")
+    cluster.wait_for("n2 to be missed", lambda: cluster.node_state("n2").startswith("DOWN"))
+    cluster.start_node("n2")
+    desk.wait_for_end("run")
+    assert len(starts(desk, "run")) > 1
+    assert int(str(starts(desk, "run")[-1]["step"])) >= 8
+    assert_same_samples(desk, "run", straight, "straight")
+
+
+def test_no_progress(desk: Desk, cluster: Cluster) -> None:
+    """A run that dies before it has saved anything is started again a set number of times, and then no more."""
+    desk.site(restarts=1, setup=["ulimit -t 2"])  # seconds of CPU: enough to begin, not to train
+    number = desk.start("run")
+
+    desk.wait_for_failure("run")
+    assert int(cluster.job(number)["Restarts"]) == 1
+    assert len(starts(desk, "run")) == 2
+    assert "started 2 times in a row without getting further than step 0" in desk.log("run")
+    assert "started 2 times" in desk.submit("status", "run")
+
+
+def test_a_mistake_is_not_tried_again(desk: Desk, cluster: Cluster) -> None:
+    """What only the user can mend ends the job at once."""
+    number = desk.start("run", "model.weights=absent.safetensors", "--nodes", "2")
+    desk.wait_for_failure("run")
+    assert cluster.job(number)["Restarts"] == "0"
+    assert "stopped by a mistake that only you can mend" in desk.log("run")
+    assert "absent.safetensors" in desk.submit("status", "run")
