@@ -1,4 +1,5 @@
-"""Mixed-precision attention as it is trained: the definition's forward, with its straight-through gradient.
+"""Mixed-precision attention as it runs: in training the definition's forward with its straight-through gradient; and
+without gradient `int8_attend`, a Triton kernel on a GPU.
 
 Shapes: B batch, H heads, N queries, M keys, E width of queries and keys, F width of values.
 """
@@ -9,9 +10,113 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_efficient.kernels.int8_attention.reference import Granularity, Scales, int8_matmul, logits, quantize, softmax
+from vit_efficient.errors import CapabilityError
+from vit_efficient.kernels import capability
+from vit_efficient.kernels.int8_attention import reference
+from vit_efficient.kernels.int8_attention.reference import (
+    Granularity,
+    Scales,
+    Values,
+    int8_matmul,
+    logits,
+    quantize,
+    softmax,
+)
 from vit_efficient.kernels.int8_linear.op import output_dtype
 from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE, dequantize_rows
+
+
+@torch.library.custom_op("vit_efficient::int8_attend", mutates_args=())
+def _int8_attend(
+    q_BHNE: Tensor,
+    k_BHME: Tensor,
+    v_BHMF: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float,
+    values: str,
+    out_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`int8_attend` with its output in memory order, (B, N, H, F)."""
+    if q_BHNE.device.type == "cuda":
+        if reason := refusal(q_BHNE, v_BHMF, values):
+            raise CapabilityError(f"The int8 attention kernel cannot run: {reason}")
+        from vit_efficient.kernels.int8_attention import triton
+
+        return triton.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, out_scale, dtype)
+    options = {"scale": scale, "values": values, "out_scale": out_scale, "dtype": dtype}
+    y_BHNF = reference.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, **options)  # type: ignore[arg-type]
+    return y_BHNF.transpose(1, 2).contiguous()
+
+
+@_int8_attend.register_fake
+def _(q, k, v, q_scale, k_scale, v_scale, scale, values, out_scale, dtype):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=dtype if out_scale is None else torch.int8)
+
+
+def refusal(
+    q_BHNE: Tensor,
+    v_BHMF: Tensor,
+    values: str = "int8",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> str | None:
+    """Why the kernel cannot do this on the GPU of its operands; None if it can."""
+    asked = {"a position bias": bias is not None, "a mask": mask is not None, "dropout": dropout > 0}
+    for what, wanted in asked.items():
+        if wanted:
+            return f"it has no {what.split(' ')[-1]}, and the model's attention has {what}."
+    if values == "fp8" and (reason := capability.lacks_fp8(q_BHNE.device)):
+        return f"{reason} Take values=float."
+    return capability.lacks_triton(q_BHNE.device) or capability.too_wide("int8 attention", q_BHNE, v_BHMF)
+
+
+def int8_attend(
+    q_BHNE: Tensor,
+    k_BHME: Tensor,
+    v_BHMF: Tensor,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float,
+    values: Values = "int8",
+    out_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`reference.attend`, by a kernel where there is a GPU: operands in any form; no bias, mask, dropout or gradient.
+
+    Args:
+        q_BHNE: queries: floating point, or int8 codes; strided views are welcome.
+        k_BHME: keys, likewise.
+        v_BHMF: values, likewise; floating point where `values` is not ``int8``.
+        q_scale: with floating-point queries None (one scale a token and head is chosen) or a calibrated number; with
+            codes their scales, one number or (B, H, N, 1). float32, on the device: nothing waits for the host.
+        k_scale: of the keys.
+        v_scale: of the values; None where they are not int8.
+        scale: factor on the logits.
+        values: how values are multiplied: quantized to int8 and back (``int8``, the definition), as they are
+            (``float``: give what a projection put out in bf16 or fp16), or in e4m3 like the attention weights
+            (``fp8``, from sm_89).
+        out_scale: quantize the output to int8 with this number, a float32 scalar on the device (equation 17). One a
+            token would need the largest magnitude over all heads, and a kernel's program sees one head.
+        dtype: of the output otherwise; None: autocast's if autocast is on, else that of the values (float32, if those
+            are codes).
+
+    Returns:
+        (B, H, N, F), a view of (B, N, H, F) memory.
+
+    Raises:
+        CapabilityError: the GPU is older than sm_80 (sm_89 with ``fp8``), or heads are wider than 128.
+    """
+    if dtype is None:
+        dtype = output_dtype(v_BHMF) if v_BHMF.dtype.is_floating_point else torch.float32
+    y_BNHF = _int8_attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, out_scale, dtype)
+    return y_BNHF.transpose(1, 2)
 
 
 class _Int8Attention(torch.autograd.Function):
