@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient.kernels.fp8_linear.op import fp8_linear, fp8_linear_codes, output_dtype
-from vit_efficient.kernels.fp8_linear.reference import FORMAT, Scheme, quantize_weight
+from vit_efficient.kernels.fp8_linear.reference import FORMAT, Scheme, quantize_activations, quantize_weight
 from vit_efficient.quantization.calibratable import Calibratable, Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.int8_base import to_image, to_patches
@@ -48,6 +48,15 @@ class Fp8Layer(nn.Module):
         """How the deployed form is stored."""
         scheme = {key: getattr(self.scheme, key) for key in self.scheme.__dataclass_fields__}
         return StoredFp8(shape=self.shape, shift=self.shift is not None, **scheme)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the product: e4m3 codes (M, K) and their scales, (M, 1) or (1, 1), float32.
+
+        Args:
+            x: the layer's input: (..., K), or images (B, C, H, W) for patches.
+        """
+        tokens = self._shifted(to_patches(x, self.shape[2:])[0] if self.deployed == "patches" else x)
+        return quantize_activations(tokens.reshape(-1, tokens.shape[-1]), self.scheme)
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., K), less `shift`, to (..., N) in `dtype`."""

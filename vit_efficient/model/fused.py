@@ -1,0 +1,228 @@
+"""Deployed transformer blocks that quantize each tensor once, where it is made.
+
+norm -> codes -> qkv -> attention -> codes -> proj + layer scale + residual -> norm -> codes -> fc1 + GELU + codes ->
+fc2 + layer scale + residual, each arrow between codes a kernel on a GPU. `fuse_blocks` puts such blocks in place of
+timm's, in memory, after a deployed model is loaded. Parameters, buffers and their names stay as they are; so does what
+a file of the model holds. The arithmetic is that of the layers (`quantization.fused_linear`).
+
+Shapes: B batch, N tokens, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.layers import GELU, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
+from torch import Tensor, nn
+
+from vit_efficient.attention.modules import SelfAttention
+from vit_efficient.errors import UserError
+from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.quantization.fused_linear import FusedLinear, view
+from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
+
+# x + scale1(attn(norm1(x))), then x + scale2(mlp(norm2(x))), and nothing else.
+BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse_blocks` did.
+
+    Args:
+        fused: names of the blocks that are fused.
+        left: why each of the others is not, by its name.
+    """
+
+    fused: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """For a person to read: ``24 of 24 blocks fused``, and a line for each reason why some are not."""
+        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.left)} blocks fused"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        return lines + [f"not fused: {_span(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _span(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} .. {names[-1]} ({len(names)})"
+
+
+class FusedBlock(nn.Module):
+    """A block of timm's in evaluation, with the same parameters, buffers and submodules under the same names.
+
+    Make one with `fuse_blocks`.
+    """
+
+    attn: SelfAttention
+    mlp: Any
+
+    def __init__(self, block: nn.Module, views: dict[str, FusedLinear]) -> None:
+        super().__init__()
+        self.held = (block,)  # in a tuple: its children are this block's
+        self._parameters.update(block._parameters)
+        self._buffers.update(block._buffers)
+        self._modules.update(block._modules)
+        self.views = views
+        self.readers = [name for name in ("qkv", *PROJECTIONS, "gate") if f"attn.{name}" in views]
+        self.widening = [name for name in ("fc1", "fc1_g", "fc1_x") if f"mlp.{name}" in views]
+        entering = [views[f"attn.{name}"] for name in self.readers], [views[f"mlp.{name}"] for name in self.widening]
+        self.attn_input = SharedNormCodes(block.get_submodule("norm1"), entering[0])
+        self.attn_output = NormCodes(getattr(self.attn, "norm", None) or nn.Identity(), views["attn.proj"])
+        self.mlp_input = SharedNormCodes(block.get_submodule("norm2"), entering[1])
+        self.mlp_output = NormCodes(self.mlp.norm, views["mlp.fc2"])
+        self.register_load_state_dict_post_hook(lambda module, _: module.fold())
+        self.train(block.training)
+
+    @property
+    def original(self) -> nn.Module:
+        """timm's block, with what this one has now."""
+        (block,) = self.held
+        for name in ("_parameters", "_buffers", "_modules"):
+            now = getattr(self, name)
+            getattr(block, name).update({key: now[key] for key in getattr(block, name)})
+        return block.train(self.training)
+
+    def fold(self) -> None:
+        """Take what was loaded into the norms."""
+        for module in self.modules():
+            if isinstance(module, NormCodes):
+                module.fold()
+
+    def forward(self, x_BND: Tensor, **inputs: Any) -> Tensor:
+        """The block. `inputs` are what timm's passes on to its attention (rope, attn_mask, shared biases).
+
+        Raises:
+            UserError: the model is in training mode.
+        """
+        if self.training:
+            raise UserError(
+                "A fused block has no training form, and the model is in training mode. Call model.eval(), or "
+                "vit_efficient.model.fused.unfuse_blocks(model)."
+            )
+        return self._mlp(self._attention(x_BND, inputs))
+
+    def _attention(self, x_BND: Tensor, inputs: dict[str, Any]) -> Tensor:
+        attn, dtype = self.attn, output_dtype(x_BND)
+        projected = {}
+        for name, codes in zip(self.readers, self.attn_input(x_BND), strict=True):
+            layer = self.views[f"attn.{name}"]
+            apart = attn.separate_bias() if name == "qkv" else None
+            absorbed = apart is not None and layer.layer.bias is None
+            y = layer.output(codes, dtype, apart if absorbed else None)
+            projected[name] = y + apart.to(dtype) if apart is not None and not absorbed else y
+        gate = projected.pop("gate", None)
+        heads = attn.split_heads(*projected.values())
+        y_BND = attn.attend_heads(*heads, **attn.arguments(x_BND, **inputs))
+        proj = self.views["attn.proj"]
+        if gate is None:
+            codes = self.attn_output(y_BND)
+        else:
+            y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
+            codes = proj.codes(y_BND * gate.sigmoid())
+        return proj.add_output(codes, x_BND, self._layer_scale(1))
+
+    def _mlp(self, x_BND: Tensor) -> Tensor:
+        mlp, dtype, fc2 = self.mlp, output_dtype(x_BND), self.views["mlp.fc2"]
+        codes = self.mlp_input(x_BND)
+        wide = [self.views[f"mlp.{name}"] for name in self.widening]
+        if _is_gelu(mlp.act) and isinstance(mlp, Mlp):
+            if isinstance(mlp.norm, nn.Identity):
+                return fc2.add_output(wide[0].output_gelu_codes(codes[0], fc2, dtype), x_BND, self._layer_scale(2))
+            h = wide[0].output_gelu(codes[0], dtype)
+        else:
+            h = self._activate([layer.output(one, dtype) for layer, one in zip(wide, codes, strict=True)])
+        return fc2.add_output(self.mlp_output(h), x_BND, self._layer_scale(2))
+
+    def _activate(self, projected: list[Tensor]) -> Tensor:
+        """The activation as a pass of its own: gated, or one that no product ends in."""
+        mlp = self.mlp
+        if isinstance(mlp, SwiGLU):
+            return mlp.act(projected[0]) * projected[1]
+        if isinstance(mlp, GluMlp):
+            first, second = projected[0].chunk(2, dim=-1)
+            return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+        return mlp.act(projected[0])
+
+    def _layer_scale(self, half: int) -> Tensor | None:
+        """gamma (D,) of the attention's (1) or the MLP's (2) branch, or None."""
+        scale = getattr(self, f"ls{half}", None)
+        return scale.gamma if isinstance(scale, LayerScale) else getattr(self, f"gamma_{half}", None)
+
+    def extra_repr(self) -> str:
+        return f"fused {type(self.held[0]).__name__}"
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is the erf form, which products end in."""
+    return isinstance(act, GELU) or (isinstance(act, nn.GELU) and act.approximate == "none")
+
+
+def fuse_blocks(model: nn.Module) -> FuseReport:
+    """Put fused blocks in place of timm's, in place, wherever all linear layers of a block multiply codes.
+
+    What a block has that the fused form does not know leaves that block as it is, and the report says why. For
+    evaluation; `unfuse_blocks` takes it back. Do it after weights are loaded and before compilation.
+
+    Args:
+        model: deployed (`finalize`d or loaded from a model file), its attention swapped, its blocks in `blocks`.
+
+    Raises:
+        UserError: the model has no `blocks`.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Module):
+        raise UserError(f"{type(model).__name__} has no `blocks`, so there is nothing to fuse.")
+    report = FuseReport()
+    for name, block in list(blocks.named_children()):
+        full = f"blocks.{name}"
+        if isinstance(block, FusedBlock):
+            report.fused.append(full)
+            continue
+        views = _read(block)
+        if isinstance(views, str):
+            report.left[full] = views
+            continue
+        setattr(blocks, name, FusedBlock(block, views))
+        report.fused.append(full)
+    return report
+
+
+def unfuse_blocks(model: nn.Module) -> None:
+    """Put timm's own blocks back, in place, with the weights that the fused ones have now."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedBlock):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original)
+
+
+def _read(block: nn.Module) -> dict[str, FusedLinear] | str:
+    """The layers of a block as a fused one calls them, by name; or, in words, why it cannot be fused."""
+    if type(block) not in BLOCKS:
+        return f"{type(block).__name__} is not a block of a pre-normed attention and a pre-normed MLP"
+    attn: Any = block.get_submodule("attn")
+    mlp: Any = block.get_submodule("mlp")
+    if not isinstance(attn, SelfAttention):
+        return f"its attention is a {type(attn).__name__}, whose parts cannot be called apart"
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        return f"its MLP is a {type(mlp).__name__}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
+        return "it has forward hooks, which a fused block would not call"
+    names = [f"attn.{name}" for name in ("qkv", *PROJECTIONS, "gate", "proj") if _child(attn, name)]
+    names += [f"mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x", "fc2") if _child(mlp, name)]
+    views: dict[str, FusedLinear] = {}
+    for name in names:
+        found = view(block.get_submodule(name))
+        if isinstance(found, str):
+            return f"{name} {found}"
+        views[name] = found
+    return views
+
+
+def _child(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
