@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ def installed(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """What this user's runs keep: `$VIT_EFFICIENT_CACHE`, or `~/.cache/vit_efficient`."""
+    chosen = os.environ.get("VIT_EFFICIENT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "vit_efficient"
 
 
 def rank() -> int:

@@ -32,9 +32,10 @@ def divide(x, divisor, reciprocal):
 def encode(steps, INTEGER: tl.constexpr):
     """``round(steps)`` as int8, ties to even, or as e4m3: of what is within the codes. NaNs get any code."""
     if INTEGER:
-        return (steps + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+        codes = (steps + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        return steps.to(tl.float8e4nv)
+        codes = steps.to(tl.float8e4nv)
+    return codes
 
 
 @triton.jit
@@ -77,7 +78,9 @@ def given_scales(y, scale, INTEGER: tl.constexpr):
 def quantize_block(y, scale, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
     """Codes and scales of whole rows: their own (`token`), or under the one that the pointer `scale` holds."""
     if QUANT == "token":
-        return quantize_rows(y, LARGEST, INTEGER)
+        codes, scales = quantize_rows(y, LARGEST, INTEGER)
     else:
         given = tl.load(scale)
-        return quantize_given(y, given, LARGEST, INTEGER), given_scales(y, given, INTEGER)
+        codes = quantize_given(y, given, LARGEST, INTEGER)
+        scales = given_scales(y, given, INTEGER)
+    return codes, scales
