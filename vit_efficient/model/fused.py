@@ -76,7 +76,7 @@ class FusedBlock(nn.Module):
         self.attn_output = NormCodes(getattr(self.attn, "norm", None) or nn.Identity(), views["attn.proj"])
         self.mlp_input = SharedNormCodes(block.get_submodule("norm2"), entering[1])
         self.mlp_output = NormCodes(self.mlp.norm, views["mlp.fc2"])
-        self.register_load_state_dict_post_hook(lambda module, _: module.fold())
+        self.register_load_state_dict_post_hook(_fold)
         self.train(block.training)
 
     @property
@@ -156,6 +156,10 @@ class FusedBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"fused {type(self.held[0]).__name__}"
+
+
+def _fold(block: FusedBlock, _: Any) -> None:  # at the top of the module, so that models can be pickled
+    block.fold()
 
 
 def _is_gelu(act: nn.Module) -> bool:

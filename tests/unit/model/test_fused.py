@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -322,7 +323,7 @@ def test_under_autocast() -> None:
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy], ids=["deepcopy"])
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
 def test_copies_are_independent(make: Callable[[nn.Module], nn.Module]) -> None:
     model = deployed("dinov2", QUANTIZATIONS["int8"])
     fuse_blocks(model)
