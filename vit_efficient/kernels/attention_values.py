@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.kernels.fp8_linear.reference import FORMAT, LARGEST
+from vit_efficient.kernels.int8_linear import reference as int8
 
 BLOCK = 128  # keys that share a scale
 WEIGHT = 256.0  # what weights in 0 .. 1 are multiplied by before they are rounded to e4m3
@@ -22,20 +23,25 @@ WEIGHT = 256.0  # what weights in 0 .. 1 are multiplied by before they are round
 SMALLEST_SCALE = 2.0**-40
 
 
-def quantize_blocks(x_BHME: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 codes with one scale a head and block of `BLOCK` tokens.
+def quantize_blocks(x_BHME: Tensor, *, integer: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes with one scale a head and block of `BLOCK` tokens.
 
     ``scale = amax(|block|) / 448``, at least `SMALLEST_SCALE`, in float32; ``codes = e4m3(clamp(x / scale))``, ties to
-    even. A block that holds a NaN or an infinity has the scale NaN.
+    even. Of integers the divisor is 127 and the smallest scale that of `int8_linear`. A block that holds a NaN or an
+    infinity has the scale NaN.
 
     Args:
         x_BHME: (..., M, E), floating point.
+        integer: int8 codes; else e4m3.
 
     Returns:
-        codes (..., M, E) float8_e4m3fn, and scales (..., C) float32, C = ceil(M / BLOCK).
+        codes (..., M, E), and scales (..., C) float32, C = ceil(M / BLOCK).
     """
     tokens = x_BHME.shape[-2]
     blocks = F.pad(x_BHME.to(torch.float32), (0, 0, 0, -tokens % BLOCK)).unflatten(-2, (-1, BLOCK))
+    if integer:
+        flat, scale = int8.quantize_rows(blocks.flatten(-2))
+        return flat.view(blocks.shape).flatten(-3, -2)[..., :tokens, :], scale.squeeze(-1)
     amax = blocks.abs().amax(dim=(-2, -1))
     # By a tensor: PyTorch divides by a number on CUDA as a product with its reciprocal, which can be one bit off.
     scale = (amax / torch.full_like(amax, LARGEST)).clamp_min(SMALLEST_SCALE)

@@ -10,8 +10,8 @@ zeros to the next one, of which the signs and the first E rows remain. Blocks on
 
 The one order of operations; every step is rounded to float32:
 
-1. ``q' = q R``, ``k' = k R``: R has entries +-1 and is E x P, P the next power of two; ``R R^T = P I``. Its products are
-   exact, its sums float32 in an order that a library chooses, so codes agree but for values on a rounding's edge.
+1. ``q' = q R``, ``k' = k R``: R has entries +-1 and is E x P, P the next power of two; ``R R^T = P I``. Its products
+   are exact, its sums float32 in an order that a library chooses, so codes agree but for values on a rounding's edge.
 2. e4m3 codes: queries with one scale a token and head, keys with one a head and block of 128 tokens
    (`attention_values.quantize_blocks`).
 3. ``S = ((q_codes @ k_codes^T) * s_q) * s_k * (scale / P)``.

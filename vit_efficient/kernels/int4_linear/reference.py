@@ -1,8 +1,8 @@
 """The linear layer with 4-bit weights in groups: the definition, in plain PyTorch, from the form that is stored.
 
 Stored (`quantization.int8_deployed`, `kernels.int8_linear.packing`): two codes a byte, the even input in the low half;
-the group's zero point, or 8, has been added to a code, so that it lies in 0 .. 15. Each output row has a bfloat16 scale,
-and where there are zero points a byte, for every `group` inputs; the last group may be shorter.
+the group's zero point, or 8, has been added to a code, so that it lies in 0 .. 15. Each output row has a bfloat16
+scale, and where there are zero points a byte, for every `group` inputs; the last group may be shorter.
 
 Without quantized activations (`none`): ``w = dtype(float32(code) * scale)``, ``y = x @ w^T + bias``, in `dtype` with
 float32 sums. With a scale a token (`token`): the integer product of `int8_linear.reference.grouped_matmul`: exact sums

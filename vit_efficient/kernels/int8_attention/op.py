@@ -15,6 +15,7 @@ from vit_efficient.kernels import capability
 from vit_efficient.kernels.int8_attention import reference
 from vit_efficient.kernels.int8_attention.reference import (
     Granularity,
+    Keys,
     Scales,
     Values,
     int8_matmul,
@@ -36,6 +37,7 @@ def _int8_attend(
     v_scale: Tensor | None,
     scale: float,
     values: str,
+    keys: str,
     out_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -45,14 +47,14 @@ def _int8_attend(
             raise CapabilityError(f"The int8 attention kernel cannot run: {reason}")
         from vit_efficient.kernels.int8_attention import triton
 
-        return triton.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, out_scale, dtype)
-    options = {"scale": scale, "values": values, "out_scale": out_scale, "dtype": dtype}
+        return triton.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype)
+    options = {"scale": scale, "values": values, "keys": keys, "out_scale": out_scale, "dtype": dtype}
     y_BHNF = reference.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, **options)  # type: ignore[arg-type]
     return y_BHNF.transpose(1, 2).contiguous()
 
 
 @_int8_attend.register_fake
-def _(q, k, v, q_scale, k_scale, v_scale, scale, values, out_scale, dtype):  # type: ignore[no-untyped-def]
+def _(q, k, v, q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
     return q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=dtype if out_scale is None else torch.int8)
 
@@ -85,6 +87,7 @@ def int8_attend(
     *,
     scale: float,
     values: Values = "int8",
+    keys: Keys = "token",
     out_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -102,6 +105,8 @@ def int8_attend(
         values: how values are multiplied: quantized to int8 and back (``int8``, the definition), as they are
             (``float``: give what a projection put out in bf16 or fp16), or in e4m3 like the attention weights
             (``fp8``, from sm_89).
+        keys: of floating-point keys whose scales are chosen here: one a token and head (the definition of
+            `int8_attention`), or one a head and block of 128 tokens, which is faster.
         out_scale: quantize the output to int8 with this number, a float32 scalar on the device (equation 17). One a
             token would need the largest magnitude over all heads, and a kernel's program sees one head.
         dtype: of the output otherwise; None: autocast's if autocast is on, else that of the values (float32, if those
@@ -115,7 +120,7 @@ def int8_attend(
     """
     if dtype is None:
         dtype = output_dtype(v_BHMF) if v_BHMF.dtype.is_floating_point else torch.float32
-    y_BNHF = _int8_attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, out_scale, dtype)
+    y_BNHF = _int8_attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype)
     return y_BNHF.transpose(1, 2)
 
 

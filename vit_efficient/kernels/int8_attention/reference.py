@@ -46,6 +46,7 @@ from vit_efficient.kernels.int8_linear.reference import (
 Granularity = Literal["token", "tensor"]
 Scales = tuple[Tensor, Tensor, Tensor]
 Values = Literal["int8", "float", "fp8"]
+Keys = Literal["token", "block"]
 
 
 def quantize(x: Tensor, granularity: Granularity = "token", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,6 +177,7 @@ def attend(
     *,
     scale: float,
     values: Values = "int8",
+    keys: Keys = "token",
     out_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -192,13 +194,20 @@ def attend(
         scale: factor on the logits.
         values: how values are multiplied: quantized to int8 and back (``int8``), as they are (``float``), or in e4m3
             like the attention weights (``fp8``).
+        keys: of floating-point keys whose scales are chosen here: one a token and head, or one a head and block of 128
+            tokens (`attention_values.quantize_blocks`), which kernels multiply with once a block.
         out_scale: quantize the output to int8 with this number, a float32 scalar (equation 17). A NaN has the code 0.
         dtype: of the output otherwise.
 
     Returns:
         (B, H, N, F), in `dtype`; int8 codes if `out_scale` is given.
     """
-    (q, q_rows), (k, k_rows) = operand(q_BHNE, q_scale), operand(k_BHME, k_scale)
+    q, q_rows = operand(q_BHNE, q_scale)
+    if keys == "block" and k_scale is None:
+        k, blocks = attention_values.quantize_blocks(k_BHME, integer=True)
+        k_rows = attention_values.by_token(blocks, k.shape[-2])
+    else:
+        k, k_rows = operand(k_BHME, k_scale)
     s_BHNM = logits(int8_matmul(q, k), q_rows, k_rows, scale)
     if values == "fp8":
         y_BHNF = attention_values.weigh(s_BHNM, v_BHMF)
