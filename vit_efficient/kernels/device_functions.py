@@ -84,3 +84,25 @@ def quantize_block(y, scale, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER
         codes = quantize_given(y, given, LARGEST, INTEGER)
         scales = given_scales(y, given, INTEGER)
     return codes, scales
+
+
+@triton.jit
+def gelu(y):
+    """``0.5 * y * (1 + erf(y / sqrt(2)))``, within 5e-7 of it for |y| <= 12: PyTorch's own in float32 is within 1.2e-6.
+
+    ``gelu(y) = max(y, 0) - |y| * exp(-y * y / 2) * M(|y|)``, where M, the normal distribution's tail over its density's
+    exponential, is smooth: a polynomial of degree 9, fitted for the least largest error of the whole on 0 .. 8. A third
+    of the instructions of `tl.erf`, which in the epilogue of a product take as long as the product itself.
+    """
+    size = tl.minimum(tl.abs(y), 8.0)
+    tail = tl.fma(size, -4.501790044741938e-06, 9.55557479755953e-05)
+    tail = tl.fma(size, tail, -0.0009018401033245027)
+    tail = tl.fma(size, tail, 0.005081660114228725)
+    tail = tl.fma(size, tail, -0.01954605244100094)
+    tail = tl.fma(size, tail, 0.056184783577919006)
+    tail = tl.fma(size, tail, -0.12938277423381805)
+    tail = tl.fma(size, tail, 0.24880942702293396)
+    tail = tl.fma(size, tail, -0.39874693751335144)
+    tail = tl.fma(size, tail, 0.49998894333839417)
+    root = y * 0.8493218003  # sqrt(log2(e) / 2): exp(-y * y / 2) = exp2(-root * root)
+    return tl.fma(-(size * tl.exp2(-(root * root))), tail, tl.maximum(y, 0.0))

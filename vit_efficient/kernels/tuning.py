@@ -8,13 +8,14 @@ Looked up in this order, so a first call never measures anything:
 4. the shipped table under its architecture, `sm_90`, `sm_89` or `sm_80` (chosen from what the architecture offers, not
    measured); an architecture that is not listed takes the one before it.
 
-An entry serves the shape that it names, every shape up to a number of rows, or any:
+An entry serves the shape that it names, every shape within a range of rows and outputs, or any:
 
-    {"op": "int8_linear", "rows": 50432, "inputs": 1024, "outputs": 4096, "tile": {...}}
-    {"op": "int8_linear", "rows_up_to": 2048, "tile": {...}}
-    {"op": "int8_linear", "tile": {...}}
+    {"op": "int8_linear.gelu_quant", "rows": 50432, "inputs": 1024, "outputs": 4096, "tile": {...}}
+    {"op": "int8_linear", "rows_up_to": 256, "outputs_up_to": 1024, "tile": {...}}
+    {"op": "int8_linear", "rows_from": 4097, "tile": {...}}
 
-A named shape serves all with the same inputs and outputs whose rows lie within a factor of 1.5.
+An operator is named with or without its form, behind a dot; the form's own entries come first. A named shape serves all
+with the same inputs and outputs whose rows lie within a factor of 1.5.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Tile:
         group: rows of tiles that are worked on together, so that they share the weight in the cache.
         warps: of a program.
         stages: steps whose operands are in flight.
-        halves: finish a tile in two parts: fewer registers and less shared memory.
+        parts: that a tile is finished in, one after the other (1, 2 or 4): fewer registers and less shared memory.
         programs: on each multiprocessor.
     """
 
@@ -61,7 +62,7 @@ class Tile:
     group: int = 8
     warps: int = 8
     stages: int = 3
-    halves: bool = False
+    parts: int = 1
     programs: int = 1
 
     @classmethod
@@ -127,15 +128,32 @@ def _choose(op: str, name: str, architecture: str, shape: Shape) -> Tile:
 
 
 def pick(table: list[dict[str, Any]], op: str, shape: Shape) -> Tile | None:
-    """The entry that serves a shape: the nearest named one, else the tightest class."""
-    entries = [entry for entry in table if entry["op"] == op]
+    """The entry that serves a shape: the nearest named one, else the tightest class; the form's own come first."""
+    for name in dict.fromkeys((op, op.partition(".")[0])):
+        entries = [entry for entry in table if entry["op"] == name]
+        found = _nearest(entries, shape) or _tightest(entries, shape)
+        if found is not None:
+            return Tile.read(found["tile"])
+    return None
+
+
+def _nearest(entries: list[dict[str, Any]], shape: Shape) -> dict[str, Any] | None:
     named = [e for e in entries if (e.get("inputs"), e.get("outputs")) == (shape.inputs, shape.outputs)]
-    near = [(max(e["rows"] / shape.rows, shape.rows / e["rows"]), e) for e in named if shape.rows]
-    near = [(ratio, e) for ratio, e in near if ratio <= NEAR]
-    if near:
-        return Tile.read(min(near, key=lambda pair: pair[0])[1]["tile"])
-    classes = [e for e in entries if "rows" not in e and shape.rows <= e.get("rows_up_to", shape.rows)]
-    return Tile.read(min(classes, key=lambda e: e.get("rows_up_to", math.inf))["tile"]) if classes else None
+    ratios = [(max(e["rows"] / shape.rows, shape.rows / e["rows"]), e) for e in named if shape.rows]
+    near = [(ratio, e) for ratio, e in ratios if ratio <= NEAR]
+    return min(near, key=lambda pair: pair[0])[1] if near else None
+
+
+def _tightest(entries: list[dict[str, Any]], shape: Shape) -> dict[str, Any] | None:
+    def limits(entry: dict[str, Any]) -> tuple[float, float]:
+        return entry.get("rows_up_to", math.inf), entry.get("outputs_up_to", math.inf)
+
+    classes = [
+        e
+        for e in entries
+        if "rows" not in e and e.get("rows_from", 0) <= shape.rows <= limits(e)[0] and shape.outputs <= limits(e)[1]
+    ]
+    return min(classes, key=limits, default=None)
 
 
 def _listed(architecture: str, shipped: dict[str, Any]) -> str:

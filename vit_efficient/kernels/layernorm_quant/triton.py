@@ -71,12 +71,13 @@ def _launch(
         new_MD = torch.empty((rows, columns), dtype=residual_MD.dtype, device=x_MD.device)
     quant = "none" if chosen is None else "token" if scale is None else "static"
     plan = row_launch(rows, columns, x_MD.device)
-    _kernel[(plan.programs,)](
-        x_MD, residual_MD, _vector(gamma_D), _vector(weight_D), _vector(bias_D), scale, y_MD, scales_M1, new_MD,
-        rows, columns, x_MD.stride(0), 0 if residual_MD is None else residual_MD.stride(0), eps,
-        QUANT=quant, LARGEST=chosen.largest if chosen else 0, INTEGER=chosen.is_integer if chosen else False,
-        ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_MD):
+        _kernel[(plan.programs,)](
+            x_MD, residual_MD, _vector(gamma_D), _vector(weight_D), _vector(bias_D), scale, y_MD, scales_M1, new_MD,
+            rows, columns, x_MD.stride(0), 0 if residual_MD is None else residual_MD.stride(0), eps,
+            QUANT=quant, LARGEST=chosen.largest if chosen else 0, INTEGER=chosen.is_integer if chosen else False,
+            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+        )  # fmt: skip
     return new_MD
 
 

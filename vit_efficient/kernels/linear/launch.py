@@ -34,6 +34,11 @@ class Form:
     width: int = 1
     tokens: int = 1
 
+    def name(self, residual: bool) -> str:
+        """What tiles are kept under: `plain`, `gelu`, `gelu_quant`, `quant`, `residual`, `heads` or `heads_quant`."""
+        parts = ["heads"] * (self.layout == "heads") + ["gelu"] * self.gelu + ["quant"] * (self.quant != "none")
+        return "_".join(parts + ["residual"] * residual) or "plain"
+
 
 @functools.cache
 def _processors(device: torch.device) -> int:
@@ -76,31 +81,36 @@ def launch(
     q_MK, q_NK = with_rows(q_MK), with_rows(q_NK)
     (rows, inputs), outputs = q_MK.shape, q_NK.shape[0]
     fp8 = q_MK.dtype != torch.int8
-    op = "int8_linear" if not fp8 else "fp8_linear_fast" if fast else "fp8_linear"
+    op = f"{operator(q_MK, fast)}.{form.name(residual_MN is not None)}"
     tile = choose(op, q_MK.device, Shape(rows, inputs, outputs))
     tile, step, head_block = fit(tile, form)
     if descriptors is None:
         descriptors = describable(q_MK) and describable(q_NK)
     store = descriptors and form.layout == "rows" and describable(out)
-    halves = (tile.block_n // 2) if tile.halves else tile.block_n
     chosen = format_of(form.codes)
     tiles = -(-rows // tile.block_m) * -(-outputs // step)
-    linear_kernel[(min(tiles, _processors(q_MK.device) * tile.programs),)](
-        TensorDescriptor.from_tensor(q_MK, [tile.block_m, tile.block_k]) if descriptors else q_MK,
-        TensorDescriptor.from_tensor(q_NK, [tile.block_n, tile.block_k]) if descriptors else q_NK,
-        scale_M1.contiguous(), scale_N1.contiguous(), _vector(bias_N),
-        None if residual_MN is None else residual_MN, _vector(gamma_N),
-        TensorDescriptor.from_tensor(out, [tile.block_m, halves]) if store else out, out_scale, scales,
-        rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
-        0 if residual_MN is None else residual_MN.stride(0), form.tokens,
-        FP8=fp8, PROMOTE=min(PROMOTE, tile.block_k) if fp8 and not fast else 0,
-        LAYOUT=form.layout, GELU=form.gelu, QUANT=form.quant, LARGEST=chosen.largest, INTEGER=chosen.is_integer,
-        ROW_SCALES=scale_M1.numel() > 1, COLUMN_SCALES=scale_N1.numel() > 1,
-        DESCRIPTORS=descriptors, STORE_DESCRIPTOR=store, EVEN_K=inputs % tile.block_k == 0,
-        HEADS=form.heads, WIDTH=form.width, HEAD_BLOCK=head_block,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEP_N=step, GROUP=tile.group,
-        HALVES=tile.halves, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    described_out = TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // tile.parts]) if store else out
+    grid = (min(tiles, _processors(q_MK.device) * tile.programs),)
+    with torch.cuda.device_of(q_MK):
+        linear_kernel[grid](
+            TensorDescriptor.from_tensor(q_MK, [tile.block_m, tile.block_k]) if descriptors else q_MK,
+            TensorDescriptor.from_tensor(q_NK, [tile.block_n, tile.block_k]) if descriptors else q_NK,
+            scale_M1.contiguous(), scale_N1.contiguous(), _vector(bias_N), residual_MN, _vector(gamma_N), described_out,
+            out_scale, scales, rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
+            0 if residual_MN is None else residual_MN.stride(0), form.tokens,
+            FP8=fp8, PROMOTE=min(PROMOTE, tile.block_k) if fp8 and not fast else 0,
+            LAYOUT=form.layout, GELU=form.gelu, QUANT=form.quant, LARGEST=chosen.largest, INTEGER=chosen.is_integer,
+            ROW_SCALES=scale_M1.numel() > 1, COLUMN_SCALES=scale_N1.numel() > 1,
+            DESCRIPTORS=descriptors, STORE_DESCRIPTOR=store, EVEN_K=inputs % tile.block_k == 0,
+            HEADS=form.heads, WIDTH=form.width, HEAD_BLOCK=head_block,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEP_N=step, GROUP=tile.group,
+            PARTS=tile.parts, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def operator(q: Tensor, fast: bool) -> str:
+    """The name that tiles are kept under: sums of different kinds take different room."""
+    return "int8_linear" if q.dtype == torch.int8 else "fp8_linear_fast" if fast else "fp8_linear"
 
 
 def fit(tile: Tile, form: Form) -> tuple[Tile, int, int]:
@@ -113,9 +123,9 @@ def fit(tile: Tile, form: Form) -> tuple[Tile, int, int]:
         return tile, tile.block_n, 1
     block = max(16, 1 << (form.width - 1).bit_length())
     if block != form.width:
-        return replace(tile, block_n=block, halves=False), form.width, block
+        return replace(tile, block_n=block, parts=1), form.width, block
     columns = max(tile.block_n, block)
-    return replace(tile, block_n=columns, halves=tile.halves and columns // 2 >= block), columns, block
+    return replace(tile, block_n=columns, parts=min(tile.parts, columns // block)), columns, block
 
 
 def _vector(x: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ ordinary asynchronous copies (sm_80, sm_89, and wherever strides are not multipl
 What follows the product is chosen by constants, and absent operands are None, so each form compiles to its own code:
 
     LAYOUT      "rows": (M, N); "heads": (P, B, H, T, E)
-    GELU        the erf form
+    GELU        of the erf form
     QUANT       "none"; "static": a scale for all (rows) or for each part (heads); "token": a scale a token and head
     residual    added, times `gamma` if there is one
 
@@ -20,9 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vit_efficient.kernels.device_functions import given_scales, quantize_given, quantize_rows
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
+from vit_efficient.kernels.device_functions import gelu, given_scales, quantize_given, quantize_rows
 
 
 @triton.jit
@@ -78,7 +76,7 @@ def _finish(
     if bias is not None:
         y = y + tl.load(bias + column, mask=column_there, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        y = (y * 0.5) * (1.0 + tl.erf(y * SQRT_HALF))
+        y = gelu(y)
     if residual is not None:
         if gamma is not None:
             y = tl.load(gamma + column, mask=column_there, other=0.0).to(tl.float32)[None, :] * y
@@ -127,6 +125,40 @@ def _finish(
 
 
 @triton.jit
+def _finish_parts(
+    sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale, scales,
+    M, N, tokens, residual_stride,
+    LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+    ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`_finish` in PARTS parts (a power of two), one after the other: fewer registers, less shared memory.
+
+    The compiler works through a tile one operation at a time, and what GELU keeps for 128 x 256 numbers between two
+    operations does not fit the registers.
+    """
+    if PARTS == 1:
+        _finish(
+            sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
+            scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES,
+            STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS,
+        )  # fmt: skip
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, COLUMNS // 2)), (0, 2, 1)))
+        _finish_parts(
+            left, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
+            scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES,
+            STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+        _finish_parts(
+            right, first_row, first_column + COLUMNS // 2, end_column, row_scale, column_scale, bias, residual, gamma,
+            out, out_scale, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES,
+            COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def linear_kernel(
     a, b, row_scale, column_scale, bias, residual, gamma, out, out_scale, scales,
     M, N, K, a_stride, b_stride, residual_stride, tokens,
@@ -136,12 +168,12 @@ def linear_kernel(
     DESCRIPTORS: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEP_N: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says.
 
-    PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. HALVES: whether
-    a tile is finished in two parts, which takes fewer registers and less shared memory.
+    PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. PARTS: that a
+    tile is finished in, side by side.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
@@ -158,21 +190,8 @@ def linear_kernel(
             else:
                 sums = tl.dot(x, w.T, sums, out_dtype=tl.float32)
         end_column = tl.minimum(N, first_column + STEP_N)
-        if HALVES:
-            left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            _finish(
-                left, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out,
-                out_scale, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES,
-                COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-            _finish(
-                right, first_row, first_column + BLOCK_N // 2, end_column, row_scale, column_scale, bias, residual,
-                gamma, out, out_scale, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
-                ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-        else:
-            _finish(
-                sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out,
-                out_scale, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES,
-                COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+        _finish_parts(
+            sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
+            scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES,
+            STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N, PARTS,
+        )  # fmt: skip

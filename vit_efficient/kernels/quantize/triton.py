@@ -34,9 +34,10 @@ def quantize(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Ten
     codes = torch.empty(x_MK.shape, dtype=chosen.dtype, device=x_MK.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x_MK.device)
     plan = row_launch(rows, columns, x_MK.device)
-    _kernel[(plan.programs,)](
-        x_MK, scale, codes, scales, rows, columns, x_MK.stride(0),
-        QUANT="token" if scale is None else "static", LARGEST=chosen.largest, INTEGER=chosen.is_integer,
-        ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_MK):
+        _kernel[(plan.programs,)](
+            x_MK, scale, codes, scales, rows, columns, x_MK.stride(0),
+            QUANT="token" if scale is None else "static", LARGEST=chosen.largest, INTEGER=chosen.is_integer,
+            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, scales
