@@ -8,13 +8,16 @@ Shapes: B batch, N tokens, D width, H heads, E head width.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from vit_efficient.attention.base import AttentionBackend
+
+if TYPE_CHECKING:
+    from vit_efficient.attention.padding import TokenPadding
 
 
 class Arguments(TypedDict):
@@ -88,6 +91,7 @@ class SelfAttention(BackendAttention):
     attn_drop: nn.Dropout
     proj: nn.Module
     proj_drop: nn.Module
+    padding: TokenPadding | None = None  # where sequences are filled up: which tokens can be looked at
 
     def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
         super().__init__(original, backend)
@@ -150,6 +154,8 @@ class SelfAttention(BackendAttention):
             groups = self.num_heads // self.num_kv_heads
             k_BHNE = k_BHNE.repeat_interleave(groups, dim=1)
             v_BHNE = v_BHNE.repeat_interleave(groups, dim=1)
+        if self.padding is not None:
+            k_BHNE, v_BHNE, bias, mask = self.padding.readable(k_BHNE, v_BHNE, bias, mask)
         dropout = self.attn_drop.p if self.training else 0.0
         y_BHNE = self.backend.attend(q_BHNE, k_BHNE, v_BHNE, bias=bias, mask=mask, scale=self.scale, dropout=dropout)
         return y_BHNE.transpose(1, 2).flatten(2)
@@ -180,9 +186,11 @@ class SelfAttention(BackendAttention):
         )
 
     def rotate(self, x_BHNE: Tensor, rope: Tensor) -> Tensor:
-        """Rotary position embedding on the patch tokens; class and register tokens have no position."""
-        prefix, patches = x_BHNE[:, :, : self.num_prefix_tokens], x_BHNE[:, :, self.num_prefix_tokens :]
-        return torch.cat((prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)), dim=2)
+        """Rotary position embedding on the patch tokens; class and register tokens and padding have no position."""
+        first = self.num_prefix_tokens
+        last = x_BHNE.shape[2] if self.padding is None else self.padding.real or x_BHNE.shape[2]
+        patches = apply_rot_embed_cat(x_BHNE[:, :, first:last], rope, half=self.rotate_half)
+        return torch.cat((x_BHNE[:, :, :first], patches, x_BHNE[:, :, last:]), dim=2)
 
 
 class BeitAttention(SelfAttention):

@@ -25,6 +25,10 @@ from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
 
 # x + scale1(attn(norm1(x))), then x + scale2(mlp(norm2(x))), and nothing else.
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock)
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -68,6 +72,8 @@ class FusedBlock(nn.Module):
         self._parameters.update(block._parameters)
         self._buffers.update(block._buffers)
         self._modules.update(block._modules)
+        for name in HOOKS:  # of the block itself
+            setattr(self, name, getattr(block, name))
         self.views = views
         self.readers = [name for name in ("qkv", *PROJECTIONS, "gate") if f"attn.{name}" in views]
         self.widening = [name for name in ("fc1", "fc1_g", "fc1_x") if f"mlp.{name}" in views]
@@ -215,8 +221,8 @@ def _read(block: nn.Module) -> dict[str, FusedLinear] | str:
         return f"its attention is a {type(attn).__name__}, whose parts cannot be called apart"
     if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         return f"its MLP is a {type(mlp).__name__}"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
-        return "it has forward hooks, which a fused block would not call"
+    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in block.modules() if inner is not block):
+        return "its parts have forward hooks, which a fused block would not call"
     names = [f"attn.{name}" for name in ("qkv", *PROJECTIONS, "gate", "proj") if _child(attn, name)]
     names += [f"mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x", "fc2") if _child(mlp, name)]
     views: dict[str, FusedLinear] = {}

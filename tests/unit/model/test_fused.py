@@ -14,6 +14,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
+from vit_efficient.attention.padding import pad_tokens
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.errors import UserError
@@ -250,7 +251,7 @@ def test_reasons_why_not() -> None:
     assert "attn.qkv has integer weights only: its inputs are not quantized" in left(four)[1]
     hooked = deployed("vit", QUANTIZATIONS["int8"])
     hooked.blocks[0].attn.register_forward_hook(lambda *_: None)
-    assert "it has forward hooks" in left(hooked)[1]
+    assert "its parts have forward hooks" in left(hooked)[1]
     assert left(hooked)[0] == "1 of 2 blocks fused"
 
 
@@ -296,6 +297,21 @@ def test_masks_reach_the_attention() -> None:
         fuse_blocks(model)
         assert model(images(), attn_mask=mask).equal(wanted)
     assert not wanted.equal(unmasked)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov3", "siglip", "beit"])
+def test_padded_tokens(family: str) -> None:
+    model = deployed(family, QUANTIZATIONS["int8"])
+    with torch.no_grad():
+        unpadded = model(images())
+        pad_tokens(model, 32)
+        wanted = model(images())
+        assert fuse_blocks(model).lines() == ["2 of 2 blocks fused"]
+        lengths: list[int] = []
+        model.blocks[1].register_forward_pre_hook(lambda block, x: lengths.append(x[0].shape[1]))
+        assert model(images()).equal(wanted)
+        assert lengths == [32]
+    torch.testing.assert_close(wanted, unpadded, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", ["int8", "hybrid", "fp8"])

@@ -163,3 +163,18 @@ def test_known_disappointments_are_said() -> None:
     assert "not faster" in caveats(recipe(variant="int4_sdpa"), NODE)[0]
     assert "Tesla T4" in caveats(recipe(), ONE_T4)[0]
     assert caveats(recipe(), NODE) == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("int8_sdpa", ("quantization.dynamic_scale=tensor",)),
+        ("fp8_sdpa", ("quantization.activations=tensor",)),
+        ("fp32_sdpa", ("quantization=bnb_int8",)),
+    ],
+)
+def test_padding_beside_what_all_tokens_share(variant: str, words: tuple[str, ...]) -> None:
+    found = problems(CPU, *words, "model.pad_tokens=8", variant=variant)
+    assert "the padding among them. Take model.pad_tokens=0" in found["model.pad_tokens"]
+    assert "model.pad_tokens" not in problems(CPU, *words, variant=variant)
+    assert "model.pad_tokens" not in problems(CPU, "model.pad_tokens=8", variant="int8_sdpa")
