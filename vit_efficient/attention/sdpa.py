@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit_efficient.attention.base import AttentionBackend, AttentionBackendConfig, Device, describe, oldest
 from vit_efficient.attention.choice import KERNELS, LARGEST_BATCH, Call, choose, choose_constant
+from vit_efficient.attention.switched_flash import activate
 from vit_efficient.errors import CapabilityError
 from vit_efficient.machine import Machine
 
@@ -90,6 +91,8 @@ class SdpaBackend(AttentionBackend):
         dropout: float = 0.0,
     ) -> Tensor:
         attn_mask = merge(bias, mask, q_BHNE.dtype)
+        if q_BHNE.is_cuda and self.kernel in ("auto", "flash") and not torch.compiler.is_compiling():
+            activate(None)  # PyTorch's own flash kernel, whatever another model has switched on
         if self.kernel == "auto":
             kernel = _fastest(q_BHNE, k_BHNE, v_BHNE, attn_mask, dropout)
             with nullcontext() if kernel is None else sdpa_kernel(_first(kernel), set_priority=True):
