@@ -5,10 +5,12 @@ Shapes as in `reference`: M tokens, K inputs, N outputs, G groups of inputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vit_efficient.kernels import capability
+from vit_efficient.kernels.device import runs_triton
 from vit_efficient.kernels.int4_linear import reference
 from vit_efficient.kernels.int4_linear.reference import Activations
 
@@ -25,20 +27,12 @@ def _int4_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`int4_linear` of a matrix."""
-    if x_MK.device.type == "cuda" and x_MK.shape[0] and capability.lacks_triton(x_MK.device) is None:
+    if runs_triton(x_MK) and x_MK.shape[0]:
         from vit_efficient.kernels.int4_linear import triton
 
         return triton.int4_linear(x_MK, packed_NK, scale_NG, zero_NG, bias_N, group, activations, dtype)
-    return reference.int4_linear(
-        x_MK,
-        packed_NK,
-        scale_NG,
-        zero_NG,
-        bias_N,
-        group=group,
-        activations=activations,
-        dtype=dtype,  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {"group": group, "activations": activations, "dtype": dtype}
+    return reference.int4_linear(x_MK, packed_NK, scale_NG, zero_NG, bias_N, **options)
 
 
 @_int4_linear.register_fake

@@ -26,6 +26,9 @@ from vit_efficient.kernels.rows import with_rows
 from vit_efficient.kernels.tuning import Shape, choose
 
 FILLED = 2  # programs a multiprocessor below which inputs are split
+# As the bits of a float32, this with a code in its low bits is 2**23 + code: a conversion that is no conversion.
+MAGIC = tl.constexpr(0x4B000000)
+MAGIC_VALUE = tl.constexpr(8388608.0)
 SPLIT_MOST = ((16, 8), (64, 4), (256, 2))  # up to so many rows, inputs are split into so many parts at most
 
 
@@ -41,7 +44,7 @@ def _finish(sum_mn, x_scale, bias, m, n, M, N, INTEGER: tl.constexpr):
 
 @triton.jit
 def int4_kernel(
-    x, x_scale, packed, scale, zero, bias, y, partial, M, N, K, G, x_stride,
+    x, x_scale, packed, scale, zero, bias, y, partial, M, N, K, width, G, x_stride,
     GROUP: tl.constexpr, PARTS: tl.constexpr, INTEGER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +52,7 @@ def int4_kernel(
 
     Args:
         x: (M, K), codes if `INTEGER`, else in the dtype that is multiplied in.
-        packed: (N, ceil(K / 2)), contiguous.
+        packed: (N, width), contiguous; width is ceil(K / 2).
         scale: (N, G); `zero` likewise, or None.
         partial: (S, M, N) float32 where inputs are split, else None.
     """
@@ -60,26 +63,27 @@ def int4_kernel(
     each = tl.cdiv(G, PARTS)
     first, last = part * each, min(part * each + each, G)
     within, pairs = tl.arange(0, GROUP), tl.arange(0, GROUP // 2)
-    width = (K + 1) // 2
     x_rows = x + m[:, None].to(tl.int64) * x_stride
     w_rows = packed + n[:, None].to(tl.int64) * width
     acc_nm = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    tl.assume(first < last)  # so that matrix instructions stay in flight around the loop
     for g in tl.range(first, last, num_stages=STAGES):
         k, c = g * GROUP + within, g * (GROUP // 2) + pairs
         both = tl.load(w_rows + c[None, :], mask=(n < N)[:, None] & (c < width)[None, :], other=0)
         x_mk = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
         scale_n = tl.load(scale + n * G + g, mask=n < N, other=0.0).to(tl.float32)
-        codes_nk = tl.interleave((both & 15).to(tl.int8), (both >> 4).to(tl.int8))
         if zero is None:
-            codes_nk = codes_nk - 8
+            zero_n = tl.full((BLOCK_N,), 8, tl.uint8)
         else:
-            codes_nk = codes_nk - tl.load(zero + n * G + g, mask=n < N, other=0).to(tl.int8)[:, None]
+            zero_n = tl.load(zero + n * G + g, mask=n < N, other=0)
+        stored_nk = tl.interleave(both & 15, both >> 4)
         if INTEGER:
-            sum_nm = tl.dot(codes_nk, tl.trans(x_mk), out_dtype=tl.int32)
+            sum_nm = tl.dot(stored_nk.to(tl.int8) - zero_n.to(tl.int8)[:, None], tl.trans(x_mk), out_dtype=tl.int32)
             acc_nm += sum_nm.to(tl.float32) * scale_n[:, None]
         else:
-            w_nk = (codes_nk.to(tl.float32) * scale_n[:, None]).to(x_mk.dtype)
-            acc_nm = tl.dot(w_nk, tl.trans(x_mk), acc_nm, input_precision="ieee")
+            value_nk = (stored_nk.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True)
+            w_nk = (value_nk - (zero_n.to(tl.float32) + MAGIC_VALUE)[:, None]) * scale_n[:, None]
+            acc_nm = tl.dot(w_nk.to(x_mk.dtype), tl.trans(x_mk), acc_nm, input_precision="ieee")
     y_mn = tl.trans(acc_nm)
     place = m[:, None].to(tl.int64) * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -111,7 +115,8 @@ def _processors(device: torch.device) -> int:
 def parts(rows: int, tiles: int, groups: int, processors: int) -> int:
     """How many parts the inputs are split into: enough to fill the GPU, few enough that adding them stays cheap."""
     most = next((parts for up_to, parts in SPLIT_MOST if rows <= up_to), 1)
-    return max(1, min(most, groups, FILLED * processors // tiles))
+    wanted = max(1, min(most, groups, FILLED * processors // tiles))
+    return -(-groups // -(-groups // wanted))  # none of them empty
 
 
 def int4_linear(
@@ -140,7 +145,7 @@ def int4_linear(
     int4_kernel[(tiles, split)](
         x_MK, x_scale, packed_NK.contiguous(), scale_NG.contiguous(),
         None if zero_NG is None else zero_NG.contiguous(), bias_N, y_MN, partial,
-        rows, outputs, inputs, groups, x_MK.stride(0),
+        rows, outputs, inputs, packed_NK.shape[1], groups, x_MK.stride(0),
         GROUP=group, PARTS=split, INTEGER=integer, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip

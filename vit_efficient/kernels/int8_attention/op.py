@@ -6,6 +6,9 @@ Shapes: B batch, H heads, N queries, M keys, E width of queries and keys, F widt
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +24,7 @@ from vit_efficient.kernels.int8_attention.reference import (
     int8_matmul,
     logits,
     quantize,
+    quantize_tensor_scale,
     softmax,
 )
 from vit_efficient.kernels.int8_linear.op import output_dtype
@@ -43,11 +47,14 @@ def _int8_attend(
 ) -> Tensor:
     """`int8_attend` with its output in memory order, (B, N, H, F)."""
     if q_BHNE.device.type == "cuda":
-        if reason := refusal(q_BHNE, v_BHMF, values):
-            raise CapabilityError(f"The int8 attention kernel cannot run: {reason}")
-        from vit_efficient.kernels.int8_attention import triton
+        if values == "fp8" and (reason := capability.lacks_fp8(q_BHNE.device)):
+            raise CapabilityError(f"Int8 attention with values=fp8 cannot run: {reason} Take values=float.")
+        if (reason := refusal(q_BHNE, v_BHMF)) is None:
+            from vit_efficient.kernels.int8_attention import triton
 
-        return triton.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype)
+            forms = (q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype)
+            return triton.attend(q_BHNE, k_BHME, v_BHMF, *forms)
+        say_slow(reason)
     options = {"scale": scale, "values": values, "keys": keys, "out_scale": out_scale, "dtype": dtype}
     y_BHNF = reference.attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, **options)  # type: ignore[arg-type]
     return y_BHNF.transpose(1, 2).contiguous()
@@ -59,22 +66,19 @@ def _(q, k, v, q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype)
     return q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=dtype if out_scale is None else torch.int8)
 
 
-def refusal(
-    q_BHNE: Tensor,
-    v_BHMF: Tensor,
-    values: str = "int8",
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> str | None:
-    """Why the kernel cannot do this on the GPU of its operands; None if it can."""
-    asked = {"a position bias": bias is not None, "a mask": mask is not None, "dropout": dropout > 0}
-    for what, wanted in asked.items():
-        if wanted:
-            return f"it has no {what.split(' ')[-1]}, and the model's attention has {what}."
-    if values == "fp8" and (reason := capability.lacks_fp8(q_BHNE.device)):
-        return f"{reason} Take values=float."
-    return capability.lacks_triton(q_BHNE.device) or capability.too_wide("int8 attention", q_BHNE, v_BHMF)
+def refusal(q_BHNE: Tensor, v_BHMF: Tensor) -> str | None:
+    """Why the kernel cannot take operands of this width on their GPU; None if it can."""
+    return capability.lacks_triton(q_BHNE.device) or capability.too_wide("The kernel", q_BHNE, v_BHMF)
+
+
+@functools.cache
+def say_slow(reason: str) -> None:
+    """Say once that the definition runs on a GPU in place of the kernel, and why."""
+    warnings.warn(
+        f"int8 attention runs as plain PyTorch here, which holds all logits in memory and is slower than "
+        f"quantization.attention=none: {reason}",
+        stacklevel=2,
+    )
 
 
 def int8_attend(
@@ -115,8 +119,10 @@ def int8_attend(
     Returns:
         (B, H, N, F), a view of (B, N, H, F) memory.
 
+    On a GPU older than sm_80, or with heads wider than 128, the definition runs, and says so once.
+
     Raises:
-        CapabilityError: the GPU is older than sm_80 (sm_89 with ``fp8``), or heads are wider than 128.
+        CapabilityError: ``fp8`` values on a GPU that has no units for them.
     """
     if dtype is None:
         dtype = output_dtype(v_BHMF) if v_BHMF.dtype.is_floating_point else torch.float32
@@ -148,9 +154,12 @@ class _Int8Attention(torch.autograd.Function):
         operands = (q_BHNE, k_BHME, v_BHMF)
         quantized = [quantize(x, granularity, s) for x, s in zip(operands, given, strict=True)]
         (q, q_scale), (k, k_scale), (v, v_scale) = quantized
-        p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
-        with torch.autocast(p_BHNM.device.type, enabled=False):
-            y_BHNF = _drop(p_BHNM, dropped) @ dequantize_rows(v, v_scale)
+        if q.device.type == "cuda" and bias is None and mask is None and dropped is None:
+            y_BHNF = int8_attend(q, k, v, q_scale, k_scale, v_scale, scale=scale, dtype=dtype)
+        else:
+            p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
+            with torch.autocast(p_BHNM.device.type, enabled=False):
+                y_BHNF = _drop(p_BHNM, dropped) @ dequantize_rows(v, v_scale)
         beyond = [None if s is None else _beyond(x, s) for x, s in zip(operands, given, strict=True)]
         ctx.save_for_backward(*(part for pair in quantized for part in pair), *beyond, bias, mask, dropped)
         ctx.scale, ctx.dtypes = scale, [x.dtype for x in operands]
@@ -214,10 +223,30 @@ def int8_attention(
     Returns:
         (B, H, N, F), in autocast's dtype if autocast is on, else in that of the values.
     """
+    dtype = output_dtype(v_BHMF)
+    if q_BHNE.device.type == "cuda":
+        wants = {"a position bias": bias is not None, "a mask": mask is not None, "dropout": dropout > 0}
+        if asked := " and ".join(what for what, wanted in wants.items() if wanted):
+            if not torch.compiler.is_compiling():
+                say_slow(f"the kernel has no {asked.removeprefix('a ')}, and this attention has {asked}.")
+        elif not (torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHNE, k_BHME, v_BHMF))):
+            given = _scales(q_BHNE, k_BHME, v_BHMF, granularity, scales)
+            return int8_attend(q_BHNE, k_BHME, v_BHMF, *given, scale=scale, dtype=dtype)
     dropped = None
     if dropout > 0:
         shape = (*q_BHNE.shape[:-1], k_BHME.shape[-2])
         dropped = F.dropout(torch.ones(shape, device=q_BHNE.device), dropout)
-    dtype = output_dtype(v_BHMF)
     given = (None, None, None) if scales is None else scales
     return _Int8Attention.apply(q_BHNE, k_BHME, v_BHMF, bias, mask, dropped, scale, granularity, dtype, *given)
+
+
+def _scales(
+    q_BHNE: Tensor, k_BHME: Tensor, v_BHMF: Tensor, granularity: Granularity, scales: Scales | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `int8_attend` is to be given; scales of whole tensors are chosen here."""
+    if scales is not None:
+        return scales
+    if granularity == "token":
+        return None, None, None
+    q, k, v = (quantize_tensor_scale(x) for x in (q_BHNE, k_BHME, v_BHMF))
+    return q, k, v

@@ -37,6 +37,8 @@ from torch import Tensor
 from vit_efficient.kernels import attention_values
 from vit_efficient.kernels.int8_linear.reference import (
     EXACT_WIDTH,
+    LARGEST_CODE,
+    SMALLEST_SCALE,
     WIDEST,
     dequantize_rows,
     quantize_given,
@@ -69,6 +71,14 @@ def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     codes, scale = quantize_rows(x.reshape(1, -1))
     return codes.view(x.shape), scale.expand(*x.shape[:-1], 1)
+
+
+def quantize_tensor_scale(x: Tensor) -> Tensor:
+    """The scale alone of `quantize_tensor`, a scalar."""
+    low, high = torch.aminmax(x)
+    amax = torch.maximum(high, -low).to(torch.float32)
+    scale = (amax / torch.full_like(amax, LARGEST_CODE)).clamp_min(SMALLEST_SCALE)
+    return torch.where(amax.isfinite(), scale, torch.nan)
 
 
 def int8_matmul(q_BHNE: Tensor, k_BHME: Tensor) -> Tensor:
