@@ -4,6 +4,7 @@ before Triton is imported: `tests/unit/kernels/test_interpreter.py` runs these f
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +26,14 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-@pytest.fixture(scope="session")
-def interpreted() -> bool:
-    """Whether kernels run in the interpreter, which is slow, knows no bfloat16, and truncates where it makes e4m3."""
-    return INTERPRETED
-
-
 @pytest.fixture
-def big(interpreted: bool) -> None:
-    """For sizes that the interpreter would take minutes for."""
-    if interpreted:
-        pytest.skip("too large for the interpreter")
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is full of garbage, so an output that a kernel leaves out shows."""
+    plain = torch.empty
+
+    def poisoned(*sizes: Any, **options: Any) -> torch.Tensor:
+        made = plain(*sizes, **options)
+        made.untyped_storage().fill_(0x7F)  # 127 as int8, NaN as e4m3 and 16 bits, 3e38 as float32
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned)

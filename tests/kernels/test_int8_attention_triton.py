@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ SMALL_TILE = Tile(block_m=16, block_n=32, block_k=64, warps=4, stages=2)
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is allocated without a value holds one that shows."""
     make = torch.empty
 
@@ -41,7 +40,6 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return x.fill_(math.nan if x.dtype.is_floating_point and x.element_size() > 1 else 99)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    yield
 
 
 def operands(

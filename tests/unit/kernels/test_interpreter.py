@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: the files of tests/kernels that end in `_triton.py`, each in a process of its own."""
+"""Kernels in Triton's interpreter: the files of tests/kernels that end in `_triton.py`, each in its own process."""
 
 from __future__ import annotations
 

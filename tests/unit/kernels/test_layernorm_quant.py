@@ -1,4 +1,4 @@
-"""LayerNorm that ends in codes, and quantization on its own, as operators on a CPU. Shapes: B batch, T tokens, D width."""
+"""LayerNorm that ends in codes, and quantization on its own, on a CPU. Shapes: B batch, T tokens, D width."""
 
 from __future__ import annotations
 
