@@ -13,15 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from timm.layers import GELU, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
-from vit_efficient.attention.modules import SelfAttention
+from vit_efficient.attention.modules import Arguments, SelfAttention
 from vit_efficient.errors import UserError
+from vit_efficient.kernels.int8_attention.op import int8_attend
 from vit_efficient.kernels.int8_linear.op import output_dtype
-from vit_efficient.quantization.fused_linear import FusedLinear, view
+from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
 from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
+from vit_efficient.quantization.int8_attention import Int8Attend
 
 # x + scale1(attn(norm1(x))), then x + scale2(mlp(norm2(x))), and nothing else.
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock)
@@ -114,24 +117,73 @@ class FusedBlock(nn.Module):
         return self._mlp(self._attention(x_BND, inputs))
 
     def _attention(self, x_BND: Tensor, inputs: dict[str, Any]) -> Tensor:
-        attn, dtype = self.attn, output_dtype(x_BND)
-        projected = {}
-        for name, codes in zip(self.readers, self.attn_input(x_BND), strict=True):
-            layer = self.views[f"attn.{name}"]
-            apart = attn.separate_bias() if name == "qkv" else None
-            absorbed = apart is not None and layer.layer.bias is None
-            y = layer.output(codes, dtype, apart if absorbed else None)
-            projected[name] = y + apart.to(dtype) if apart is not None and not absorbed else y
-        gate = projected.pop("gate", None)
-        heads = attn.split_heads(*projected.values())
-        y_BND = attn.attend_heads(*heads, **attn.arguments(x_BND, **inputs))
-        proj = self.views["attn.proj"]
-        if gate is None:
-            codes = self.attn_output(y_BND)
+        attn = self.attn
+        read, given = self.attn_input(x_BND), attn.arguments(x_BND, **inputs)
+        if all(one is None for one in given.values()) and self._attends_codes():
+            entering = self._attend_codes(read, output_dtype(x_BND))
         else:
-            y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
-            codes = proj.codes(y_BND * gate.sigmoid())
-        return proj.add_output(codes, x_BND, self._layer_scale(1))
+            entering = self._attend(read, output_dtype(x_BND), given)
+        return self.views["attn.proj"].add_output(entering, x_BND, self._layer_scale(1))
+
+    def _attend(self, read: list[Codes], dtype: torch.dtype, given: Arguments) -> Codes:
+        """Projections in `dtype`, attention by the backend, and the codes that enter the last projection."""
+        attn, projected = self.attn, {}
+        for name, codes in zip(self.readers, read, strict=True):
+            bias, apart = self._bias(name)
+            y = self.views[f"attn.{name}"].output(codes, dtype, bias)
+            projected[name] = y if apart is None else y + apart.to(dtype)
+        gate = projected.pop("gate", None)
+        y_BND = attn.attend_heads(*attn.split_heads(*projected.values()), **given)
+        if gate is None:
+            return self.attn_output(y_BND)
+        y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
+        return self.views["attn.proj"].codes(y_BND * gate.sigmoid())
+
+    def _attends_codes(self) -> bool:
+        """Whether projections can end in the codes that integer attention multiplies: nothing lies between the two."""
+        attn, backend = self.attn, self.attn.backend
+        return (
+            isinstance(backend, Int8Attend)
+            and backend.granularity == "token"
+            and not backend.observing
+            and (attn.q_norm is None or (_is_identity(attn.q_norm) and _is_identity(attn.k_norm)))
+            and attn.num_kv_heads == attn.num_heads
+            and not any(self.views[f"attn.{name}"].grouped or self._bias(name)[1] is not None for name in self.readers)
+            and "gate" not in self.readers
+        )
+
+    def _attend_codes(self, read: list[Codes], dtype: torch.dtype) -> Codes:
+        """Projections that end in codes, integer attention, and the codes that enter the last projection."""
+        attn, proj, backend = self.attn, self.views["attn.proj"], self.attn.backend
+        assert isinstance(backend, Int8Attend)
+        scales = None if backend.scales is None else torch.stack(backend.scales)
+        parts = 3 if attn.qkv is not None else 1
+        values: list[Tensor] = []
+        rows: list[Tensor] = []
+        for index, (name, codes) in enumerate(zip(self.readers, read, strict=True)):
+            own = scales if scales is None or parts == 3 else scales[index : index + 1]
+            made = self.views[f"attn.{name}"].output_heads(codes, attn.num_heads, parts, own, self._bias(name)[0])
+            values += made.values.unbind(0)
+            rows += made.scale.unbind(0)
+        (q, k, v), (q_scale, k_scale, v_scale) = values, rows
+        if attn.padding is not None:
+            k, v, *_ = attn.padding.readable(k, v, None, None)
+            k_scale, v_scale, *_ = attn.padding.readable(k_scale, v_scale, None, None)
+        # A given scale of the projection behind it: attention ends in that one's codes.
+        ends_in = proj.input_scale if proj.form == "int8" and proj.plain_input and self._straight_to_proj() else None
+        y_BHNE = int8_attend(
+            q, k, v, q_scale, k_scale, v_scale, scale=attn.scale, out_scale=ends_in, dtype=dtype
+        )  # fmt: skip
+        y_BND = y_BHNE.transpose(1, 2).flatten(2)
+        return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
+
+    def _straight_to_proj(self) -> bool:
+        return _is_identity(self.attn.norm)
+
+    def _bias(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """A bias that EVA and BEiT hold apart: as the projection's own, where it has none; or to be added after it."""
+        apart = self.attn.separate_bias() if name == "qkv" else None
+        return (apart, None) if self.views[f"attn.{name}"].layer.bias is None else (None, apart)
 
     def _mlp(self, x_BND: Tensor) -> Tensor:
         mlp, dtype, fc2 = self.mlp, output_dtype(x_BND), self.views["mlp.fc2"]
@@ -166,6 +218,10 @@ class FusedBlock(nn.Module):
 
 def _fold(block: FusedBlock, _: Any) -> None:  # at the top of the module, so that models can be pickled
     block.fold()
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    return module is None or isinstance(module, nn.Identity)
 
 
 def _is_gelu(act: nn.Module) -> bool:

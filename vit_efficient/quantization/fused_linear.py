@@ -82,6 +82,20 @@ class FusedLinear:
             return self._by_groups(x, bias, dtype)
         return linear.linear(*self._operands(x), bias, dtype=dtype, accumulation=self.accumulation)
 
+    def output_heads(self, x: Codes, heads: int, parts: int, scales: Tensor | None, bias: Tensor | None) -> Codes:
+        """The layer, laid out and quantized for integer attention: int8 codes (P, B, H, T, E) of x (B, T, K).
+
+        Args:
+            x: its input.
+            heads: H.
+            parts: P, 3 of a fused qkv.
+            scales: one for each part (P,); None: each token's and head's own.
+            bias: takes the place of one that the layer lacks.
+        """
+        operands = *self._operands(x), self.layer.bias if bias is None else bias
+        options = {"parts": parts, "scales": scales, "accumulation": self.accumulation}
+        return Codes(*linear.linear_heads_quant(*operands, heads, **options))  # type: ignore[arg-type]
+
     def output_gelu(self, x: Codes, dtype: torch.dtype) -> Tensor:
         """The layer, then GELU (the erf form): (..., N) in `dtype`."""
         if self.grouped:

@@ -18,6 +18,7 @@ from vit_efficient.attention.padding import pad_tokens
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.errors import UserError
+from vit_efficient.model import fused
 from vit_efficient.model.fused import FusedBlock, fuse_blocks, unfuse_blocks
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
@@ -52,6 +53,10 @@ QUANTIZATIONS: dict[str, Any] = {
     "w4a8_groups": Int8Config(weight_bits=4, group=32, zero_point=True),
     "w4a4": Int8Config(weight_bits=4, activation_bits=4),
     "integer_attention": Int8Config(attention="dynamic"),
+    "integer_attention_static": Int8Config(attention="static", activations="hybrid"),
+    "integer_attention_static_plain": Int8Config(
+        attention="static", activations="hybrid", calibration=CalibrationConfig(shift=False, smooth=None)
+    ),
     "static": Int8Config(activations="static"),
     "hybrid": Int8Config(activations="hybrid"),
     "hybrid_plain": Int8Config(activations="hybrid", calibration=CalibrationConfig(shift=False, smooth=None)),
@@ -288,6 +293,30 @@ def test_training_is_refused() -> None:
     model.eval()(images())
 
 
+@pytest.mark.parametrize("family", ["vit", "siglip", "eva02_split_qkv", "qk_norm"])
+@pytest.mark.parametrize("config", ["integer_attention", "integer_attention_static_plain"])
+def test_integer_attention_is_handed_codes(family: str, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deployed(family, QUANTIZATIONS[config])
+    with torch.no_grad():
+        wanted = model(images())
+    fuse_blocks(model)
+    pad_tokens(model, 8)
+    handed: list[tuple[torch.dtype, bool]] = []
+    attend = fused.int8_attend
+
+    def watch(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        handed.append((q.dtype, options["out_scale"] is not None))
+        return attend(q, *rest, **options)
+
+    monkeypatch.setattr(fused, "int8_attend", watch)
+    with torch.no_grad():
+        found = model(images())
+    # Rotations and norms of queries and keys lie between projection and attention: no codes there.
+    between = family in ("eva02_split_qkv", "qk_norm")
+    assert handed == ([] if between else [(torch.int8, "static" in config)] * 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_masks_reach_the_attention() -> None:
     model = deployed("vit", QUANTIZATIONS["int8"])
     mask = torch.ones(17, 17, dtype=torch.bool)
@@ -323,10 +352,10 @@ def test_half_precision_is_close(config: str) -> None:
         half = copy.deepcopy(model).to(torch.bfloat16)
         unfused = half(images(8).bfloat16()).float()
         fuse_blocks(half)
-        fused = half(images(8).bfloat16()).float()
+        at_once = half(images(8).bfloat16()).float()
     assert half.blocks[0].attn.proj.weight_scale.dtype == torch.float32
-    assert (fused - exact).norm() < 1.2 * (unfused - exact).norm()
-    assert (fused - exact).norm() < 0.05 * exact.norm()
+    assert (at_once - exact).norm() < 1.2 * (unfused - exact).norm()
+    assert (at_once - exact).norm() < 0.05 * exact.norm()
 
 
 def test_under_autocast() -> None:
@@ -339,7 +368,11 @@ def test_under_autocast() -> None:
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickled])
 def test_copies_are_independent(make: Callable[[nn.Module], nn.Module]) -> None:
     model = deployed("dinov2", QUANTIZATIONS["int8"])
     fuse_blocks(model)
