@@ -62,12 +62,11 @@ class Line:
 
 
 def library_case(kind: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
-    """The library's product alone: int32 without scales (`_int_mm`), or bfloat16 with one scale in all (`_scaled_mm`)."""
+    """The library's product alone: int32 without scales (`_int_mm`); bfloat16, one scale in all (`_scaled_mm`)."""
     q, weight = (codes(rows, shape.inputs, kind, device) for rows in (shape.rows, shape.outputs))
     if kind == "int8":
         return lambda: torch._int_mm(q, weight.t())
     one = torch.ones((), device=device)
-    fast = True
     return lambda: torch._scaled_mm(q, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 

@@ -114,7 +114,7 @@ def flat(form: str) -> list[Any]:
 
 
 CASES: list[tuple[Any, list[Any]]] = [
-    (op._linear, [True, torch.bfloat16, False]),
+    (op.linear_of_codes, [True, torch.bfloat16, False]),
     (op._linear_quant, [True, torch.tensor([0.05]), "int8", False]),
     (op._linear_residual, [torch.randn(B * T, 3 * H * E), torch.rand(3 * H * E), False]),
     (op._linear_heads, [T, H, 3, torch.float32, True]),

@@ -15,6 +15,7 @@ from vit_efficient.kernels.int8_linear.product import cpu_int_mm_is_exact as cpu
 from vit_efficient.kernels.int8_linear.product import int8_matmul
 from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE, SMALLEST_SCALE
 from vit_efficient.kernels.int8_linear.scheme import Scheme
+from vit_efficient.kernels.linear.op import linear_of_codes
 
 # Elements that elementwise passes take at once on a CPU: 512 KiB of float32 stay in its second-level cache.
 BLOCK = 2**17
@@ -116,7 +117,9 @@ def multiply(
     scheme: Scheme,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The product of two quantized operands with its epilogue: (M, N) in `dtype`."""
+    """The product of two quantized operands with its epilogue: (M, N) in `dtype`; on a GPU in one kernel."""
+    if scheme.group is None and q_MK.device.type == "cuda":
+        return linear_of_codes(q_MK, scale_M1, q_NK, scale_NG.reshape(-1, 1), bias_N, False, dtype, False)
     if scheme.group is None:
         return epilogue(int8_matmul(q_MK, q_NK), scale_M1, scale_NG.reshape(-1), bias_N, dtype)
     y_MN = torch.zeros(q_MK.shape[0], q_NK.shape[0], device=q_MK.device)

@@ -45,7 +45,7 @@ def _on_gpu(q_MK: Tensor, q_NK: Tensor) -> bool:
 
 
 @torch.library.custom_op("vit_efficient::linear", mutates_args=())
-def _linear(
+def linear_of_codes(
     q_MK: Tensor,
     scale_M1: Tensor,
     q_NK: Tensor,
@@ -55,6 +55,7 @@ def _linear(
     dtype: torch.dtype,
     fast: bool,
 ) -> Tensor:
+    """`linear` on matrices: (M, N) in `dtype`."""
     if _on_gpu(q_MK, q_NK):
         from vit_efficient.kernels.linear import launch
 
@@ -63,7 +64,7 @@ def _linear(
     return (reference.gelu(y_MN) if gelu else y_MN).to(dtype)
 
 
-@_linear.register_fake
+@linear_of_codes.register_fake
 def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, dtype, fast):  # type: ignore[no-untyped-def]
     return q_MK.new_empty((q_MK.shape[0], q_NK.shape[0]), dtype=dtype)
 
@@ -198,7 +199,7 @@ def linear(
 ) -> Tensor:
     """The layer, with or without GELU: (..., N) in `dtype`."""
     operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
-    y_MN = _linear(*operands, gelu, dtype, accumulation == "fast")
+    y_MN = linear_of_codes(*operands, gelu, dtype, accumulation == "fast")
     return y_MN.view(*q.shape[:-1], weight.shape[0])
 
 
