@@ -8,6 +8,13 @@ A Hadamard matrix by Sylvester's rule has a power of two rows. Other head widths
 zeros to the next one, of which the signs and the first E rows remain. Blocks on the diagonal would keep the width, but
 80 = 5 x 16 then spreads an outlier over 16 channels, not over 128; and kernels fill up to a power of two anyway.
 
+What it gains, on random data of 1,024 tokens and 64 channels, relative error of the output against float attention:
+sporadic outliers as in FlashAttention-3 (section 4.3) 0.050 with and 0.066 without; one channel of both queries and
+keys three times the others 0.049 and 0.067; of keys alone ten times 0.081 and 0.075; no outliers 0.040 and 0.040.
+e4m3 keeps its relative precision in the presence of an outlier, so it gains where an outlier meets another one, and
+loses a little where it does not. `int8_attention` with a scale a token errs less on all of these: 0.023, 0.017, 0.049
+and 0.009.
+
 The one order of operations; every step is rounded to float32:
 
 1. ``q' = q R``, ``k' = k R``: R has entries +-1 and is E x P, P the next power of two; ``R R^T = P I``. Its products
