@@ -71,6 +71,24 @@ def test_ties_go_to_even_under_a_given_scale(device: torch.device) -> None:
     same_codes(codes, reference.quantize(x, "int8", scale)[0])
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_given_range_leaves_out(dtype: torch.dtype, form: str, device: torch.device) -> None:
+    scale = torch.tensor([0.25], device=device)
+    largest = 127 if form == "int8" else 7
+    ends = torch.tensor([largest, largest + 0.25, largest + 0.5, largest + 0.75, largest + 1.0, 1e4, float("inf")])
+    x = torch.cat([ends, -ends, torch.tensor([0.0, float("nan")])]).to(device) * scale
+    x = torch.cat([x[None].expand(5, -1), torch.randn(5, len(x), device=device) * largest / 3], dim=0).to(dtype)
+    codes, scales, beyond = kernels.quantize_clipping(x, form, scale)
+    expected, expected_scales = reference.quantize(x, form, scale)
+    assert beyond.dtype == torch.bool
+    assert torch.equal(beyond, reference.beyond(x, form, scale))
+    assert beyond[0].any()
+    assert not beyond[0].all()
+    same_scales(scales, expected_scales)
+    same_codes(codes[~x.isnan()], expected[~x.isnan()])
+
+
 def test_strided_rows(device: torch.device) -> None:
     whole = torch.randn(40, 300).to(device)
     for x in (whole[::2, 5:200], whole.t()[:, ::3]):

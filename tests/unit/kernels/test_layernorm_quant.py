@@ -35,6 +35,14 @@ def test_codes_times_scales_are_near(static: bool, name: str) -> None:
     assert ((codes.float() * scales - x).abs() <= half_step * 1.0001).all()
 
 
+def test_what_is_beyond_is_what_the_last_code_does_not_round() -> None:
+    x = torch.tensor([[127.0, 127.4, 127.5, -127.6, 128.0, float("inf"), 0.0]])
+    codes, scales, beyond = quantization.quantize_clipping(x, "int8", torch.tensor([1.0]))
+    assert beyond.tolist() == [[False, False, True, True, True, True, False]]
+    assert codes.tolist() == [[127, 127, 127, -127, 127, 127, 0]]
+    assert scales.tolist() == [[1.0]]
+
+
 def test_a_format_that_is_none() -> None:
     with pytest.raises(ValueError, match="int8, int4, fp8"):
         format_of("int3")
@@ -74,6 +82,7 @@ def test_codes_are_those_of_the_norm(static: bool, form: str) -> None:
 CASES: list[tuple[Any, list[Any]]] = [
     (quantization._quantize, ["int8", None]),
     (quantization._quantize, ["fp8", torch.tensor([0.1])]),
+    (quantization.quantize_clipping, ["int8", torch.tensor([0.01])]),
     (op._layernorm, [torch.rand(D), None, EPS, torch.bfloat16]),
     (op._layernorm_quant, [torch.rand(D), torch.rand(D), EPS, "int8", None]),
     (op._add_layernorm, [torch.randn(T, D), torch.rand(D), None, None, EPS, torch.float16]),

@@ -29,6 +29,24 @@ def _(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
 
 
+@torch.library.custom_op("vit_efficient::quantize_clipping", mutates_args=())
+def quantize_clipping(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` of a matrix to integers with a given scale, and `reference.beyond` in the same pass: (M, K) bool."""
+    if runs_triton(x_MK) and x_MK.numel():
+        from vit_efficient.kernels.quantize import triton
+
+        return triton.quantize_clipping(x_MK, form, scale)
+    codes, scales = reference.quantize(x_MK, form, scale)
+    return codes, scales.contiguous(), reference.beyond(x_MK, form, scale)
+
+
+@quantize_clipping.register_fake
+def _(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes = x_MK.new_empty(x_MK.shape, dtype=format_of(form).dtype)
+    scales = x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
+    return codes, scales, x_MK.new_empty(x_MK.shape, dtype=torch.bool)
+
+
 def quantize(x: Tensor, form: str = "int8", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and the scale of each row; no gradient.
 

@@ -36,3 +36,11 @@ def quantize(x: Tensor, form: str = "int8", scale: Tensor | None = None) -> tupl
         return int8.quantize_rows(x, chosen.largest)
     codes, scales = int8.quantize_given(x, scale.reshape(()), chosen.largest)
     return codes, torch.broadcast_to(scales, (*x.shape[:-1], 1))
+
+
+def beyond(x: Tensor, form: str, scale: Tensor) -> Tensor:
+    """Where x lies beyond the codes of a given scale, as booleans: there a straight-through gradient is zero.
+
+    Rounded first: what is rounded to the last code is not beyond it. Integers only; a NaN is not beyond.
+    """
+    return (x.to(torch.float32) / scale.reshape(())).round().abs() > format_of(form).largest
