@@ -63,6 +63,8 @@ QUANTIZATIONS: dict[str, Any] = {
     "smooth": Int8Config(calibration=CalibrationConfig(smooth=0.5)),
     "fp8": Fp8Config(),
     "fp8_per_tensor": Fp8Config(activations="tensor", weights="tensor"),
+    "fp8_static": Fp8Config(activations="static"),
+    "fp8_hybrid": Fp8Config(activations="hybrid"),
     "fp8_shift": Fp8Config(calibration=CalibrationConfig()),
 }
 
@@ -343,7 +345,7 @@ def test_padded_tokens(family: str) -> None:
     torch.testing.assert_close(wanted, unpadded, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", ["int8", "hybrid", "fp8"])
+@pytest.mark.parametrize("config", ["int8", "hybrid", "fp8", "fp8_hybrid"])
 def test_half_precision_is_close(config: str) -> None:
     """Fewer roundings to 16 bits on the way: not the same bits, and no further from full precision."""
     model = deployed("dinov3", QUANTIZATIONS[config])
@@ -403,3 +405,28 @@ def test_compiles_whole() -> None:
         wanted = model(images())
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(images()), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["vit", "dinov3", "eva02_split_qkv", "siglip", "gated_attention"])
+@pytest.mark.parametrize(
+    "config", ["int8", "hybrid", "hybrid_plain", "integer_attention_static_plain", "static", "fp8", "fp8_hybrid"]
+)
+def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block on the same input: a whole run of two sound programs drifts apart, one rounding at a time."""
+    if config.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 units")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    model = deployed(family, QUANTIZATIONS[config])
+    fuse_blocks(model)
+    on_gpu = copy.deepcopy(model).cuda()
+    given: list[Tensor] = []
+    model.blocks[1].attn_input.register_forward_pre_hook(lambda module, x: given.append(x[0]))
+    with torch.no_grad():
+        wanted, found = model(images(64)), on_gpu(images(64).cuda()).cpu()
+        here, there = model.blocks[1].attn_input(given[0]), on_gpu.blocks[1].attn_input(given[0].cuda())
+    for one, other in zip(here, there, strict=True):
+        equal = one.values.float() == other.values.cpu().float()
+        assert equal.float().mean() >= 0.9999
+        torch.testing.assert_close(one.scale.expand_as(other.scale), other.scale.cpu(), rtol=1e-5, atol=0)
+    assert (found - wanted).norm() < 1e-2 * wanted.norm()
