@@ -39,7 +39,8 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], chip
     names = kernel.arg_names
     types = types | {name: "i32" for name in INTEGERS if name in names}
     constants = {name: None for name in names if name not in types} | constants
-    aligned = [name for name in names if name in ALIGNED or types.get(name, "").startswith("*")]
+    known = [name for name in names if name not in constants]
+    aligned = [name for name in known if name in ALIGNED or types[name].startswith("*")]
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
@@ -95,6 +96,22 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
     assert (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
     assert ("wgmma.mma_async" if chip == "sm_90" else "mma.sync") in kernel.asm["ptx"]
     assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == described
+
+
+@pytest.mark.parametrize("ones", [("M", "tokens"), ("N", "residual_stride"), ("K", "a_stride", "b_stride")])
+def test_sizes_of_one_which_triton_takes_for_constants(ones: tuple[str, ...]) -> None:
+    heads, one_column = "tokens" in ones, "N" in ones
+    types = dict.fromkeys(("row_scale", "column_scale", "bias", "scales"), "*fp32")
+    types |= {"a": "*i8", "b": "*i8", "out": "*i8" if heads else "*bf16"}
+    if one_column:
+        types["residual"] = "*bf16"
+    constants = {
+        "FP8": False, "PROMOTE": 0, "LAYOUT": "heads" if heads else "rows", "GELU": False,
+        "QUANT": "token" if heads else "none", "LARGEST": 127, "INTEGER": True, "ROW_SCALES": not heads,
+        "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False, "EVEN_K": False, "HEADS": 2,
+        "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2, "PARTS": 2,
+    }  # fmt: skip
+    compiled(linear_kernel, types, constants | dict.fromkeys(ones, 1), "sm_90", 4, 2)
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])

@@ -32,7 +32,7 @@ def _kernel(
         stored = (old.to(tl.float32) + r).to(new.dtype.element_ty)
         tl.store(new + row[:, None] * D + column[None, :], stored, mask=there)
         r = stored.to(tl.float32)
-    size = D.to(tl.float32)
+    size = tl.full((), 1.0, tl.float32) * D
     mean = tl.div_rn(tl.sum(r, 1), size)
     centred = tl.where(there, r - mean[:, None], 0.0)
     variance = tl.div_rn(tl.sum(centred * centred, 1), size)

@@ -98,7 +98,7 @@ def _finish(
             tl.store(at, codes.to(out.dtype.element_ty), mask=there)
     else:
         # Element (row, column) lies at the sum of a term of the row and one of the column.
-        part_size = M.to(tl.int64) * HEADS  # scales of a part
+        part_size = tl.full((), HEADS, tl.int64) * M  # scales of a part
         image, token = row // tokens, row % tokens
         row_at = image.to(tl.int64) * HEADS * tokens + token
         part, head = column // (HEADS * WIDTH), (column // WIDTH) % HEADS
