@@ -109,7 +109,8 @@ def test_sizes_of_one_which_triton_takes_for_constants(ones: tuple[str, ...]) ->
         "FP8": False, "PROMOTE": 0, "LAYOUT": "heads" if heads else "rows", "GELU": False,
         "QUANT": "token" if heads else "none", "LARGEST": 127, "INTEGER": True, "ROW_SCALES": not heads,
         "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False, "EVEN_K": False, "HEADS": 2,
-        "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2, "PARTS": 2,
+        "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2,
+        "PARTS": 2,
     }  # fmt: skip
     compiled(linear_kernel, types, constants | dict.fromkeys(ones, 1), "sm_90", 4, 2)
 
