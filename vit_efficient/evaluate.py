@@ -37,7 +37,7 @@ def parser() -> Parser:
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
-    from vit_efficient.engine.evaluation import evaluate_model
+    from vit_efficient.engine.evaluation import evaluate_model, speed_up
     from vit_efficient.engine.ranks import sum_over_ranks
     from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.setup import build_data, build_transforms
@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     else:
         subject = from_weights(recipe, data.num_classes, data, console)
     data.image = subject.image
-    for line in subject.lines:
+    for line in [*subject.lines, *speed_up(subject.model, recipe)]:
         console.print(f"[bold]{'model':>13}[/]  {line}", soft_wrap=True)
     transforms = build_transforms(recipe, subject.image, data.num_classes)
     ready = time.monotonic()

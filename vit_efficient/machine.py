@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -86,6 +87,12 @@ def installed(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """What this user's runs keep: `$VIT_EFFICIENT_CACHE`, or `~/.cache/vit_efficient`."""
+    chosen = os.environ.get("VIT_EFFICIENT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "vit_efficient"
 
 
 def rank() -> int:

@@ -8,5 +8,6 @@ from pydantic import Field
 
 from vit_efficient.attention.flash2 import Flash2Config
 from vit_efficient.attention.sdpa import SdpaConfig
+from vit_efficient.attention.switched_flash import Flash3Config, Flash4Config
 
-AttentionConfig = Annotated[SdpaConfig | Flash2Config, Field(discriminator="name")]
+AttentionConfig = Annotated[SdpaConfig | Flash2Config | Flash3Config | Flash4Config, Field(discriminator="name")]

@@ -8,13 +8,24 @@ Shapes: B batch, N tokens, D width, H heads, E head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from vit_efficient.attention.base import AttentionBackend
+
+if TYPE_CHECKING:
+    from vit_efficient.attention.padding import TokenPadding
+
+
+class Arguments(TypedDict):
+    """What `SelfAttention.attend_heads` takes besides queries, keys and values."""
+
+    rope: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
 
 
 class BackendAttention(nn.Module):
@@ -80,6 +91,7 @@ class SelfAttention(BackendAttention):
     attn_drop: nn.Dropout
     proj: nn.Module
     proj_drop: nn.Module
+    padding: TokenPadding | None = None  # where sequences are filled up: which tokens can be looked at
 
     def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
         super().__init__(original, backend)
@@ -96,14 +108,42 @@ class SelfAttention(BackendAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        return self.compute(x_BND, **self.arguments(x_BND, rope=rope, attn_mask=attn_mask, is_causal=is_causal))
+
+    def arguments(
+        self,
+        x_BND: Tensor,
+        *,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Arguments:
+        """What `forward` is called with besides x, as `attend_heads` takes it."""
         bias, mask = bias_or_mask(x_BND, attn_mask, is_causal)
-        return self.compute(x_BND, rope=rope, bias=bias, mask=mask)
+        return {"rope": rope, "bias": bias, "mask": mask}
 
     def compute(
         self, x_BND: Tensor, *, rope: Tensor | None = None, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """The whole layer, from the block's normed input (B, N, D) to its output (B, N, D)."""
-        q_BHNE, k_BHNE, v_BHNE = self.project(x_BND)
+        y_BND = self.attend_heads(*self.project(x_BND), rope=rope, bias=bias, mask=mask)
+        if self.norm is not None:
+            y_BND = self.norm(y_BND)
+        if self.gate is not None:
+            y_BND = y_BND * self.gate(x_BND).sigmoid()
+        return self.proj_drop(self.proj(y_BND))
+
+    def attend_heads(
+        self,
+        q_BHNE: Tensor,
+        k_BHNE: Tensor,
+        v_BHNE: Tensor,
+        *,
+        rope: Tensor | None = None,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What lies between the projections: norms of queries and keys, rotation, attention; (B, N, H * E)."""
         if self.q_norm is not None:
             q_BHNE, k_BHNE = self.q_norm(q_BHNE), self.k_norm(k_BHNE)
         if rope is not None:
@@ -114,32 +154,43 @@ class SelfAttention(BackendAttention):
             groups = self.num_heads // self.num_kv_heads
             k_BHNE = k_BHNE.repeat_interleave(groups, dim=1)
             v_BHNE = v_BHNE.repeat_interleave(groups, dim=1)
+        if self.padding is not None:
+            k_BHNE, v_BHNE, bias, mask = self.padding.readable(k_BHNE, v_BHNE, bias, mask)
         dropout = self.attn_drop.p if self.training else 0.0
         y_BHNE = self.backend.attend(q_BHNE, k_BHNE, v_BHNE, bias=bias, mask=mask, scale=self.scale, dropout=dropout)
-        y_BND = y_BHNE.transpose(1, 2).flatten(2)
-        if self.norm is not None:
-            y_BND = self.norm(y_BND)
-        if self.gate is not None:
-            y_BND = y_BND * self.gate(x_BND).sigmoid()
-        return self.proj_drop(self.proj(y_BND))
+        return y_BHNE.transpose(1, 2).flatten(2)
 
     def project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, N, E)."""
         if self.qkv is None:
-            q_BHNE = self.q_proj(x_BND).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            k_BHNE = self.k_proj(x_BND).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-            v_BHNE = self.v_proj(x_BND).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+            return self.split_heads(self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND))
+        qkv, bias = self.qkv(x_BND), self.separate_bias()
+        return self.split_heads(qkv if bias is None else qkv + bias.to(qkv.dtype))
+
+    def separate_bias(self) -> Tensor | None:
+        """(3 * H * E,), added to the fused projection: EVA and BEiT hold biases apart, because keys have none."""
+        return None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+
+    def split_heads(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One fused projection (B, N, 3 * H * E), or three, as queries, keys and values, each (B, H, N, E)."""
+        if len(projected) == 1:
+            q_BHNE, k_BHNE, v_BHNE = (
+                projected[0].unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            )
             return q_BHNE, k_BHNE, v_BHNE
-        qkv = self.qkv(x_BND)
-        if self.q_bias is not None:  # EVA and BEiT hold the biases apart, because keys have none
-            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
-        q_BHNE, k_BHNE, v_BHNE = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q_BHNE, k_BHNE, v_BHNE
+        q, k, v = projected
+        return (
+            q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2),
+            k.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2),
+            v.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2),
+        )
 
     def rotate(self, x_BHNE: Tensor, rope: Tensor) -> Tensor:
-        """Rotary position embedding on the patch tokens; class and register tokens have no position."""
-        prefix, patches = x_BHNE[:, :, : self.num_prefix_tokens], x_BHNE[:, :, self.num_prefix_tokens :]
-        return torch.cat((prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)), dim=2)
+        """Rotary position embedding on the patch tokens; class and register tokens and padding have no position."""
+        first = self.num_prefix_tokens
+        last = x_BHNE.shape[2] if self.padding is None else self.padding.real or x_BHNE.shape[2]
+        patches = apply_rot_embed_cat(x_BHNE[:, :, first:last], rope, half=self.rotate_half)
+        return torch.cat((x_BHNE[:, :, :first], patches, x_BHNE[:, :, last:]), dim=2)
 
 
 class BeitAttention(SelfAttention):
@@ -157,11 +208,16 @@ class BeitAttention(SelfAttention):
         return self.relative_position_bias_table is not None
 
     def forward(self, x_BND: Tensor, *, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.compute(x_BND, **self.arguments(x_BND, shared_rel_pos_bias=shared_rel_pos_bias))
+
+    def arguments(  # type: ignore[override]
+        self, x_BND: Tensor, *, shared_rel_pos_bias: Tensor | None = None
+    ) -> Arguments:
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own_HNN = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
             bias = own_HNN.unsqueeze(0) if bias is None else own_HNN.unsqueeze(0) + bias
-        return self.compute(x_BND, bias=bias)
+        return {"rope": None, "bias": bias, "mask": None}
 
 
 class RelPosAttention(SelfAttention):
@@ -178,62 +234,13 @@ class RelPosAttention(SelfAttention):
         return True
 
     def forward(self, x_BND: Tensor, *, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return self.compute(x_BND, bias=shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
+        return self.compute(x_BND, **self.arguments(x_BND, shared_rel_pos=shared_rel_pos))
 
-
-class DiffAttention(BackendAttention):
-    """timm's `DiffAttention` (Differential Transformer, arXiv:2410.05258, equation 1): the difference of two softmax
-    maps over the same values, which are twice as wide as the queries."""
-
-    qkv: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    sub_norm: nn.Module
-    norm: nn.Module
-    attn_drop: nn.Dropout
-    proj: nn.Module
-    proj_drop: nn.Module
-    lambda_a: Tensor  # either these two
-    lambda_b: Tensor
-    lambda_q1: Tensor  # or these four
-    lambda_k1: Tensor
-    lambda_q2: Tensor
-    lambda_k2: Tensor
-
-    def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
-        super().__init__(original, backend)
-        self.lambda_init: float = setting(original, "lambda_init")
-        self.dual_lambda: bool = setting(original, "dual_lambda")
-
-    def forward(self, x_BND: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        bias, mask = bias_or_mask(x_BND, attn_mask, is_causal)
-        q, k, v = self.qkv(x_BND).chunk(3, dim=-1)
-        q = self.q_norm(q.unflatten(-1, (self.num_heads, 2, -1)))  # B N H 2 E
-        k = self.k_norm(k.unflatten(-1, (self.num_heads, 2, -1)))
-        v_BHNE = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        dropout = self.attn_drop.p if self.training else 0.0
-        first, second = (
-            self.backend.attend(
-                q[:, :, :, half].transpose(1, 2).type_as(v),
-                k[:, :, :, half].transpose(1, 2).type_as(v),
-                v_BHNE,
-                bias=bias,
-                mask=mask,
-                scale=self.scale,
-                dropout=dropout,
-            )
-            for half in (0, 1)
-        )
-        y_BHNE = self.sub_norm(first - self.mixing().type_as(first) * second) * (1 - self.lambda_init)
-        return self.proj_drop(self.proj(self.norm(y_BHNE.transpose(1, 2).flatten(2))))
-
-    def mixing(self) -> Tensor:
-        """The weight λ of the second map, a scalar."""
-        if self.dual_lambda:
-            return self.lambda_a.exp() - self.lambda_b.exp() + self.lambda_init
-        first = (self.lambda_q1 * self.lambda_k1).sum().float().exp()
-        second = (self.lambda_q2 * self.lambda_k2).sum().float().exp()
-        return first - second + self.lambda_init
+    def arguments(  # type: ignore[override]
+        self, x_BND: Tensor, *, shared_rel_pos: Tensor | None = None
+    ) -> Arguments:
+        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        return {"rope": None, "bias": bias, "mask": None}
 
 
 def bias_or_mask(

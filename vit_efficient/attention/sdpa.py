@@ -1,41 +1,46 @@
-"""PyTorch's scaled_dot_product_attention, with its kernel chosen by PyTorch or forced."""
+"""PyTorch's scaled_dot_product_attention, with its kernel measured, chosen by PyTorch, or forced."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit_efficient.attention.base import AttentionBackend, AttentionBackendConfig, Device, describe, oldest
+from vit_efficient.attention.choice import KERNELS, LARGEST_BATCH, Call, choose, choose_constant
+from vit_efficient.attention.switched_flash import activate
 from vit_efficient.errors import CapabilityError
 from vit_efficient.machine import Machine
 
 Kernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 
-KERNELS: dict[str, SDPBackend] = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+DTYPES = {
+    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64",
+    torch.bool: "bool",
+}  # fmt: skip
 NO_KERNEL = ("No available kernel", "No viable backend")
 # Some reasons PyTorch gives once in a process: then they stand among the warnings of the first refusal.
 UNSAID = "PyTorch has no such kernel for these tensors; its first warning of this run says why"
-REMEDY = "Take `attention.kernel=auto` (PyTorch chooses) or `math` (runs everywhere)."
+REMEDY = "Take `attention.kernel=auto` (the fastest that can) or `math` (runs everywhere)."
 
 
 class SdpaConfig(AttentionBackendConfig):
     """PyTorch's `scaled_dot_product_attention`."""
 
     name: Literal["sdpa"] = "sdpa"
-    kernel: Kernel = Field("auto", description="Which of PyTorch's kernels must do it; `auto` lets PyTorch choose.")
+    kernel: Kernel = Field(
+        "auto",
+        description="Which of PyTorch's kernels must do it. `auto`: on a GPU the fastest, measured once for each kind "
+        "of call and kept on disk; on a CPU, and where algorithms must be deterministic, what PyTorch chooses.",
+    )
 
     def build(self) -> AttentionBackend:
         return SdpaBackend(self.kernel)
@@ -86,10 +91,14 @@ class SdpaBackend(AttentionBackend):
         dropout: float = 0.0,
     ) -> Tensor:
         attn_mask = merge(bias, mask, q_BHNE.dtype)
+        if q_BHNE.is_cuda and self.kernel in ("auto", "flash") and not torch.compiler.is_compiling():
+            activate(None)  # PyTorch's own flash kernel, whatever another model has switched on
         if self.kernel == "auto":
-            return F.scaled_dot_product_attention(
-                q_BHNE, k_BHNE, v_BHNE, attn_mask=attn_mask, dropout_p=dropout, scale=scale
-            )
+            kernel = _fastest(q_BHNE, k_BHNE, v_BHNE, attn_mask, dropout)
+            with nullcontext() if kernel is None else sdpa_kernel(_first(kernel), set_priority=True):
+                return F.scaled_dot_product_attention(
+                    q_BHNE, k_BHNE, v_BHNE, attn_mask=attn_mask, dropout_p=dropout, scale=scale
+                )
         try:
             with sdpa_kernel(KERNELS[self.kernel]):
                 return F.scaled_dot_product_attention(
@@ -112,6 +121,36 @@ class SdpaBackend(AttentionBackend):
         reasons = [s for s in said if not s.endswith("not used because:") and "been runtime disabled" not in s]
         asked = f"{q.dtype} on {q.device.type}, shape {tuple(q.shape)}".replace("torch.", "")
         return f"{' '.join(dict.fromkeys(reasons)) or UNSAID} ({asked})"
+
+
+def _first(kernel: str) -> list[SDPBackend]:
+    """All kernels in order: the chosen one, then the others, should this very call (its strides) be none for it."""
+    return [KERNELS[kernel], *(other for name, other in KERNELS.items() if name != kernel)]
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout: float) -> str | None:
+    """The fastest kernel for a call on a GPU; None where PyTorch shall choose."""
+    if not q.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not torch.compiler.is_dynamo_compiling() and isinstance(q, FakeTensor):
+        return None  # exported: the program is for other machines too
+    autocast = torch.is_autocast_enabled("cuda") and q.dtype == torch.float32
+    dtype = torch.get_autocast_dtype("cuda") if autocast else q.dtype
+    fields = (
+        LARGEST_BATCH if compiling else q.shape[0],  # a compiled program may serve any batch
+        q.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        v.shape[3],
+        DTYPES[dtype],
+        "" if attn_mask is None else DTYPES[attn_mask.dtype],
+        dropout > 0,
+        torch.is_grad_enabled() and q.requires_grad,
+    )
+    index = q.device.index
+    return choose_constant(index, *fields) if compiling else choose(Call(*fields), torch.device("cuda", index))
 
 
 def merge(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -7,7 +7,7 @@ from timm.layers.attention_pool import AttentionPoolPrr
 from timm.models import beit, eva, vision_transformer_relpos
 from torch import nn
 
-from vit_efficient.attention import modules, pooling
+from vit_efficient.attention import differential, modules, pooling
 from vit_efficient.attention.base import AttentionBackend
 from vit_efficient.attention.modules import BackendAttention
 from vit_efficient.errors import CapabilityError, UserError
@@ -18,7 +18,7 @@ REPLACEMENTS: dict[type[nn.Module], type[BackendAttention]] = {
     eva.EvaAttention: modules.SelfAttention,
     beit.Attention: modules.BeitAttention,
     vision_transformer_relpos.RelPosAttention: modules.RelPosAttention,
-    DiffAttention: modules.DiffAttention,
+    DiffAttention: differential.DiffAttention,
     AttentionPoolLatent: pooling.LatentPool,
     AttentionPoolPrr: pooling.RefiningPool,
 }

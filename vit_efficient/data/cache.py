@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from vit_efficient.data import manifest as manifests
-from vit_efficient.data.files import cache_dir, make_folder, sync_folder
+from vit_efficient.data.files import make_folder, sync_folder
 from vit_efficient.data.manifest import read_manifest
 from vit_efficient.data.preparation import prepare_source
 from vit_efficient.data.shard_set import ShardSet
@@ -15,6 +15,7 @@ from vit_efficient.data.shards import read_index
 from vit_efficient.data.sources.base import Inputs
 from vit_efficient.data.sources.digits import DigitsConfig
 from vit_efficient.errors import DataError
+from vit_efficient.machine import cache_dir
 
 
 def ensure_digits(cache: Path | None = None) -> Path:

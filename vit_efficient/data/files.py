@@ -103,9 +103,3 @@ def write_span(descriptor: int, data: bytes, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
-
-
-def cache_dir() -> Path:
-    """`$VIT_EFFICIENT_CACHE`, or `~/.cache/vit_efficient`."""
-    chosen = os.environ.get("VIT_EFFICIENT_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "vit_efficient"

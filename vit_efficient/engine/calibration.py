@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from vit_efficient.attention.padding import unpadded
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.bars import progress
 from vit_efficient.data.datamodule import ViTDataModule
@@ -124,6 +125,7 @@ def calibrate_model(
         progress(console, "groups of layers") as shown,
         torch.autocast(device.type, enabled=False),
         _float32_attention(model),
+        unpadded(model),
     ):
         done = calibrate(model, batches, config, progress=lambda done, total: shown("calibration", done, total))
     model.cpu()

@@ -37,6 +37,23 @@ class Evaluation(L.LightningModule):
         self.weight_bytes = weight_bytes(self.model)
 
 
+# Schemes whose deployed layers multiply codes.
+OF_CODES = ("int8", "fp8")
+
+
+def speed_up(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Fuse the blocks of a deployed model where its layers have codes to hand on, in place; else nothing.
+
+    Returns:
+        Lines for a person to read.
+    """
+    if recipe.quantization.name not in OF_CODES:
+        return []
+    from vit_efficient.model.fused import fuse_blocks
+
+    return fuse_blocks(model.eval()).lines()
+
+
 def evaluate_model(
     model: nn.Module,
     datamodule: ViTDataModule,

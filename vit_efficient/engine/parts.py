@@ -100,7 +100,7 @@ def _integer(layer: DeployedInt8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 
 def _fp8(layer: DeployedFp8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    q_MK, scale_M1 = fp8.quantize_activations(x_MK, layer.scheme)
+    q_MK, scale_M1 = fp8.quantize_activations(x_MK, layer.scheme, layer.input_scale)
     sum_MN = fp8.product(q_MK, layer.weight.flatten(1))
     return ordinals(q_MK), fp8.epilogue(sum_MN, scale_M1, layer.weight_scale.unsqueeze(1), layer.bias, dtype)
 

@@ -22,6 +22,7 @@ from vit_efficient.engine.calibration import (
     training_device,
 )
 from vit_efficient.engine.deployed import load_file, save_deployed
+from vit_efficient.engine.evaluation import speed_up
 from vit_efficient.engine.sensitivity import choose_keep, run_sensitivity
 from vit_efficient.engine.setup import build_data, build_transforms
 from vit_efficient.errors import UserError
@@ -208,6 +209,7 @@ def compare_file(subject: Subject, out: Path, console: Console) -> Comparison:
     """
     deployed = load_file(out, attention=subject.recipe.attention)
     model = deployed.model.to(subject.device)
+    speed_up(model, subject.recipe)
     references, logits, labels = [], [], []
     with progress(console, "images") as report:
         for images, classes in evaluation_images(subject):

@@ -16,7 +16,7 @@ from vit_efficient.engine.audit import Audit
 from vit_efficient.engine.calibration import calibrate_model, needs_calibration, restore
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file, save_deployed
-from vit_efficient.engine.evaluation import evaluate_model
+from vit_efficient.engine.evaluation import evaluate_model, speed_up
 from vit_efficient.engine.loop import RunLoop
 from vit_efficient.engine.monitor import Monitor
 from vit_efficient.engine.progress import ConsoleProgress
@@ -138,6 +138,8 @@ def train(
         save_deployed(run.model, model, recipe, data.class_names)
     _barrier()
     deployed = load_file(run.model)
+    for line in speed_up(deployed.model, recipe):
+        console.print(f"[bold]{'shipped':>13}[/]  {line}", soft_wrap=True)
     figures, device_bytes, _ = evaluate_model(deployed.model, data, transforms, recipe)
     metrics = {
         **{name: figures[name] for name in ("top1", "top5", "f1", "loss", "samples")},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vit_efficient.attention.padding import pad_tokens
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import UserError
@@ -58,6 +59,8 @@ def build_plain(config: ModelConfig, recipe: Recipe, num_classes: int) -> tuple[
 def _backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Backbone:
     backbone = create_backbone(config, num_classes)
     swap_attention(backbone.model, recipe.attention.build())
+    if config.pad_tokens:
+        pad_tokens(backbone.model, config.pad_tokens)
     return backbone
 
 

@@ -36,7 +36,7 @@ class CalibrationConfig(Config):
     shift: bool = Field(
         True,
         description="Static activations: subtract the middle of each channel's range, and add what that takes away to "
-        "the bias (Outlier Suppression+). Of fp8: subtract each channel's mean.",
+        "the bias (Outlier Suppression+). Of fp8: subtract each channel's mean, and of dynamic activations only.",
     )
     rounding: Rounding = Field(
         "gptq",

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient.errors import UserError
-from vit_efficient.kernels.fp8_linear.reference import dequantize, quantize_activations, quantize_weight
+from vit_efficient.kernels.fp8_linear.reference import (
+    LARGEST,
+    SMALLEST_SCALE,
+    dequantize,
+    quantize_activations,
+    quantize_weight,
+)
 from vit_efficient.quantization import gptq_fp8
 from vit_efficient.quantization.calibratable import Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
@@ -20,11 +26,14 @@ from vit_efficient.quantization.fp8_layers import TrainableFp8
 # weights have more inputs than the calibration set has images: all tokens together keep them from learning these
 # images by heart.
 IMPORTANCE = 0.7
+# Of a static range over the largest magnitude seen: errors are relative, so room costs the smallest values only, and a
+# larger value than was ever seen need not saturate.
+HEADROOM = 2
 
 
 @torch.no_grad()
 def fit_fp8(name: str, layer: TrainableFp8, x_TK: Tensor, weight_T: Tensor | None, config: CalibrationConfig) -> Fit:
-    """Set a layer's shift, weight (with its scales) and bias, in place.
+    """Set a layer's shift, static input scale, weight (with its scales) and bias, in place.
 
     A float is rounded by its size, so a channel's offset costs precision: `shift` is the mean of each channel, about
     which its mean square is least. Smoothing would change nothing: rounding errors scale with what they are errors of.
@@ -50,11 +59,15 @@ def fit_fp8(name: str, layer: TrainableFp8, x_TK: Tensor, weight_T: Tensor | Non
     bias_N = torch.zeros(len(weight_NK), device=weight_NK.device) if layer.bias is None else layer.bias.float()
     target_TN = F.linear(x_TK, weight_NK, bias_N)
     constant = not bool(x_TK.any())
-    shift_K = _mean(x_TK, weight_T) if config.shift else None
+    # What another kernel quantizes where it makes it has one scale and no shift.
+    shift_K = _mean(x_TK, weight_T) if config.shift and not layer.static else None
     if shift_K is not None:
         bias_N = bias_N + weight_NK @ shift_K
         x_TK = x_TK - shift_K
-    seen_TK = dequantize(*quantize_activations(x_TK, layer.scheme))
+    input_scale = None
+    if layer.static:
+        input_scale = (HEADROOM * x_TK.abs().amax() / LARGEST).clamp_min(SMALLEST_SCALE)
+    seen_TK = dequantize(*quantize_activations(x_TK, layer.scheme, input_scale))
     codes_NK, scale, given = _round_weight(layer, weight_NK, seen_TK, weight_T, config)
     rounded_NK = codes_NK * scale
     output_TN = F.linear(seen_TK, rounded_NK, bias_N)
@@ -67,6 +80,7 @@ def fit_fp8(name: str, layer: TrainableFp8, x_TK: Tensor, weight_T: Tensor | Non
     else:
         layer.bias.copy_(bias_N)
     layer.shift, layer.weight_scale = shift_K, scale.squeeze(1) if given else None
+    layer.input_scale = input_scale
     error = _mean((target_TN - output_TN).square(), weight_T).sum()
     power = _mean(target_TN.square(), weight_T).sum().clamp_min(torch.finfo(torch.float32).tiny)
     return Fit(name, None, float(error / power), constant)

@@ -21,12 +21,15 @@ from vit_efficient.quantization.base import (
     precision_refusal,
 )
 from vit_efficient.quantization.calibration import CalibrationConfig
+from vit_efficient.quantization.int8 import STATIC_ROLES
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from vit_efficient.kernels.fp8_linear.reference import Scheme
     from vit_efficient.machine import Machine
+    from vit_efficient.quantization.select import Layer
 
 
 # Keys of `calibration` that this scheme has no use for.
@@ -43,10 +46,12 @@ class Fp8Config(Config):
     weights: Literal["channel", "tensor"] = Field(
         "channel", description="Scales of a weight: one an output row, or one in all."
     )
-    activations: Literal["token", "tensor"] = Field(
+    activations: Literal["token", "tensor", "static", "hybrid"] = Field(
         "token",
-        description="Scales of activations, chosen anew in each forward: one a token, or one for all tokens of the "
-        "batch, so that an image's outputs depend on those beside it.",
+        description="Scales of activations. Chosen anew in each forward: one a token, or one for all tokens of the "
+        "batch (`tensor`), so that an image's outputs depend on those beside it. Or calibrated (`static`), or "
+        "calibrated for `proj` and `fc2` and one a token for the others (`hybrid`: what the fast kernels quantize in "
+        "the epilogue of another kernel).",
     )
     accumulation: Literal["full", "fast"] = Field(
         "full", description="Sums in float32, or in the fewer bits of the GPU's matrix units; a CPU has float32 only."
@@ -65,15 +70,24 @@ class Fp8Config(Config):
         for key in OF_INTEGERS if calibration is not None else ():
             if getattr(calibration, key) != CalibrationConfig.model_fields[key].default:
                 raise ValueError(
-                    f"has {key}, which is for integers: fp8 has no static range, and smoothing changes "
-                    "nothing where errors are relative; leave it out"
+                    f"has {key}, which is for integers: fp8 takes its static range from the largest magnitude, and "
+                    "smoothing changes nothing where errors are relative; leave it out"
                 )
         return calibration
 
     @property
     def needs_calibration(self) -> bool:
         """Whether images are wanted before the model answers."""
-        return self.calibration is not None
+        return self.calibration is not None or self.activations in ("static", "hybrid")
+
+    def scheme(self, layer: Layer) -> Scheme:
+        """The arithmetic of one layer."""
+        from vit_efficient.kernels.fp8_linear.reference import Scheme
+
+        activations = self.activations
+        if activations == "hybrid":
+            activations = "static" if layer.role in STATIC_ROLES else "token"
+        return Scheme(weights=self.weights, activations=activations, accumulation=self.accumulation)
 
     def apply(self, model: nn.Module, *, compute_dtype: torch.dtype) -> Report:
         """Make the selected layers fp8 layers that share their float parameters, in place.
@@ -81,13 +95,12 @@ class Fp8Config(Config):
         Raises:
             UserError: `keep` is still `auto`, an entry of it matches nothing, or nothing is left to quantize.
         """
-        from vit_efficient.kernels.fp8_linear.reference import Scheme
         from vit_efficient.quantization import fp8_layers, select
 
         del compute_dtype  # codes and scales do not depend on it; autocast decides the outputs' dtype
         selection = select.select(model, self.keep)
         report = Report.of(self.name, selection)
-        fp8_layers.quantize(model, selection.quantized, Scheme.of(self))
+        fp8_layers.quantize(model, selection.quantized, self.scheme)
         return report
 
     def finalize(self, model: nn.Module) -> None:

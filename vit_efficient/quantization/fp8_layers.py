@@ -6,11 +6,13 @@ C channels, H and W pixels, D outputs, P patch side, K inputs, N outputs.
 What calibration may add, float32 whatever the model is cast to:
 
 - `shift` (K,): subtracted from the inputs, since a float is rounded by its size; the bias has what that takes away.
+- `input_scale` (): the scale of static activations.
 - `weight_scale` (N,) or (1,): given scales of the weight; without them its largest magnitude decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -34,6 +36,7 @@ class Fp8Layer(nn.Module):
     weight: Tensor
     bias: Any  # a parameter, a buffer, or None
     shift: Tensor | None
+    input_scale: Tensor | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +59,7 @@ class Fp8Layer(nn.Module):
             x: the layer's input: (..., K), or images (B, C, H, W) for patches.
         """
         tokens = self._shifted(to_patches(x, self.shape[2:])[0] if self.deployed == "patches" else x)
-        return quantize_activations(tokens.reshape(-1, tokens.shape[-1]), self.scheme)
+        return quantize_activations(tokens.reshape(-1, tokens.shape[-1]), self.scheme, self.input_scale)
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., K), less `shift`, to (..., N) in `dtype`."""
@@ -88,7 +91,10 @@ class TrainableFp8(Fp8Layer, Calibratable):
     """A float weight that each forward quantizes anew."""
 
     weight_scale: Tensor | None
-    static = False  # a scale of activations is chosen anew in each forward
+
+    @property
+    def static(self) -> bool:
+        return self.scheme.activations == "static"
 
     def share(self, layer: Any, scheme: Scheme) -> None:
         """Take the parameters of a float layer."""
@@ -96,6 +102,9 @@ class TrainableFp8(Fp8Layer, Calibratable):
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("shift", None)
         self.register_buffer("weight_scale", None)
+        # NaN: not calibrated yet. It shows in every output.
+        unknown = torch.tensor(torch.nan, dtype=torch.float32, device=layer.weight.device)
+        self.register_buffer("input_scale", unknown if self.static else None)
         self.observing = False
         self.train(layer.training)
 
@@ -113,7 +122,7 @@ class TrainableFp8(Fp8Layer, Calibratable):
         if self.observing:
             bias_N = None if self.bias is None else self.bias.to(dtype)
             return F.linear(tokens.to(dtype), weight_NK.to(dtype), bias_N)
-        return fp8_linear(tokens, weight_NK, self.bias, self.scheme, self.given_scale(), dtype)
+        return fp8_linear(tokens, weight_NK, self.bias, self.scheme, self.given_scale(), dtype, self.input_scale)
 
     def to_deployed(self) -> DeployedFp8:
         """The layer without its float weight."""
@@ -141,7 +150,7 @@ class DeployedFp8(Fp8Layer):
     """An fp8 layer without its float weight.
 
     Buffers: `weight` float8_e4m3fn in the shape of the float weight, `weight_scale` (N,) or (1,) float32, `bias` (N,)
-    float32 or None, `shift` (K,) float32 or None.
+    float32 or None, `shift` (K,) float32 or None, `input_scale` () float32 of static activations or None.
 
     Args:
         shape: of the weight: (N, K), or (D, C, P, P) for patches.
@@ -161,6 +170,8 @@ class DeployedFp8(Fp8Layer):
         self.register_buffer("bias", torch.zeros(shape[0], dtype=torch.float32) if bias else None)
         inputs = int(torch.Size(shape[1:]).numel())
         self.register_buffer("shift", torch.zeros(inputs, dtype=torch.float32) if shift else None)
+        static = torch.ones((), dtype=torch.float32) if scheme.activations == "static" else None
+        self.register_buffer("input_scale", static)
 
     @property
     def out_features(self) -> int:
@@ -182,6 +193,8 @@ class DeployedFp8(Fp8Layer):
             made.bias.copy_(layer.bias)
         if made.shift is not None and layer.shift is not None:
             made.shift.copy_(layer.shift)
+        if made.input_scale is not None and layer.input_scale is not None:
+            made.input_scale.copy_(layer.input_scale)
         return made.train(layer.training)
 
     def to_deployed(self) -> DeployedFp8:
@@ -190,7 +203,8 @@ class DeployedFp8(Fp8Layer):
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         scale_N1 = self.weight_scale.unsqueeze(1)
-        return fp8_linear_codes(tokens, self.weight.flatten(1), scale_N1, self.bias, self.scheme, dtype)
+        weight_NK = self.weight.flatten(1)
+        return fp8_linear_codes(tokens, weight_NK, scale_N1, self.bias, self.scheme, dtype, self.input_scale)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, fp8, {self.scheme}"
@@ -212,10 +226,10 @@ def trainable(layer: nn.Module, scheme: Scheme) -> TrainableFp8:
     return made
 
 
-def quantize(model: nn.Module, layers: list[Layer], scheme: Scheme) -> None:
-    """Replace float layers by trainable fp8 ones, in place."""
+def quantize(model: nn.Module, layers: list[Layer], scheme: Callable[[Layer], Scheme]) -> None:
+    """Replace float layers by trainable fp8 ones, in place; `scheme` says how each computes."""
     for layer in layers:
-        replace(model, layer.name, trainable(layer.module, scheme))
+        replace(model, layer.name, trainable(layer.module, scheme(layer)))
 
 
 def finalize(model: nn.Module) -> None:

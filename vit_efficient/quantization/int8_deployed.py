@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vit_efficient.kernels.int4_linear.op import int4_linear
 from vit_efficient.kernels.int8_linear.op import dequantize_weight, int8_linear_codes
 from vit_efficient.kernels.int8_linear.packing import unpack
 from vit_efficient.kernels.int8_linear.scheme import Scheme
@@ -75,6 +76,13 @@ class DeployedInt8(IntegerLayer):
             return self.weight.flatten(1)
         return unpack(self.weight, self.in_features, self.offsets())
 
+    @property
+    def packed_in_groups(self) -> bool:
+        """Whether it is what `int4_linear` computes."""
+        scheme = self.scheme
+        activations = scheme.activations == "none" or (scheme.activations, scheme.activation_bits) == ("token", 8)
+        return scheme.weight_bits == 4 and scheme.group in (32, 64, 128) and activations
+
     def offsets(self) -> Tensor | int:
         """What is added to a 4-bit code to store it: its zero point, (N, K) int8, or 8."""
         if self.weight_zero is None:
@@ -83,6 +91,12 @@ class DeployedInt8(IntegerLayer):
         return zero_NG.repeat_interleave(group, dim=1)[:, : self.in_features]
 
     def multiply(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.packed_in_groups and tokens.device.type == "cuda":  # unpacked in registers, never in memory
+            assert self.scheme.group is not None
+            return int4_linear(
+                tokens, self.weight, self.weight_scale, self.weight_zero, self.bias, group=self.scheme.group,
+                activations=self.scheme.activations, dtype=dtype,  # type: ignore[arg-type]
+            )  # fmt: skip
         codes, scale = self.weight_codes(), self.weight_scale.to(torch.float32)
         if self.scheme.activations == "none":
             weight = dequantize_weight(codes, scale, self.scheme, dtype)

@@ -151,7 +151,7 @@ class StoredFp8(Stored):
 
     kind: Literal["fp8"] = "fp8"
     weights: Literal["channel", "tensor"] = "channel"
-    activations: Literal["token", "tensor"] = "token"
+    activations: Literal["token", "tensor", "static"] = "token"
     accumulation: Literal["full", "fast"] = "full"
     shift: bool = False
 
@@ -160,10 +160,11 @@ class StoredFp8(Stored):
 
         scales = self.shape[0] if self.weights == "channel" else 1
         shift = {"shift": (torch.float32, self.size // self.shape[0])} if self.shift else {}
+        static = {"input_scale": (torch.float32, 1)} if self.activations == "static" else {}
         weight = (torch.float8_e4m3fn, self.size)
-        if problem := expected(tensors, weight=weight, weight_scale=(torch.float32, scales), **shift):
+        if problem := expected(tensors, weight=weight, weight_scale=(torch.float32, scales), **shift, **static):
             return problem
-        return unusable(tensors, "weight_scale")
+        return unusable(tensors, "weight_scale", "input_scale")
 
     def build(self, bias: bool) -> nn.Module:
         from vit_efficient.kernels.fp8_linear.reference import Scheme

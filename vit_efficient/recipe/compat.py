@@ -151,7 +151,25 @@ def _combined(recipe: Recipe) -> list[Problem]:
             "for another. Take attention=sdpa, or quantization.attention=none"
         )
         return [Problem("quantization.attention", message)]
-    return []
+    return _padded(recipe)
+
+
+def _padded(recipe: Recipe) -> list[Problem]:
+    """Padding does not change what real tokens give, unless tokens share something."""
+    if not recipe.model.pad_tokens:
+        return []
+    quantization: Any = recipe.quantization
+    shared = None
+    if getattr(quantization, "dynamic_scale", "token") == "tensor":
+        shared = "quantization.dynamic_scale=tensor chooses one scale for all tokens"
+    elif quantization.name == "fp8" and quantization.activations == "tensor":
+        shared = "quantization.activations=tensor chooses one scale for all tokens"
+    elif quantization.name == "bnb_int8":
+        shared = "LLM.int8 chooses its columns of full precision for all tokens"
+    if shared is None:
+        return []
+    message = f"is {recipe.model.pad_tokens}, and {shared}, the padding among them. Take model.pad_tokens=0"
+    return [Problem("model.pad_tokens", message)]
 
 
 # Whose weights stay as they were quantized: adapters are all that can be trained there.

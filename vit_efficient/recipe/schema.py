@@ -33,6 +33,12 @@ class ModelConfig(Config):
     image_size: PositiveInt | None = Field(None, description="Pixels a side. Unset: the model's own.")
     num_classes: PositiveInt | None = Field(None, description="Unset: as many as the data has.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to `timm.create_model`.")
+    pad_tokens: Literal[0, 8, 16, 32] = Field(
+        0,
+        description="Fill sequences up to a multiple of so many tokens inside the blocks (197 become 200, 208, 224); "
+        "attention does not see the padding, and outputs stay the same. 0: not. Models that are trained with register "
+        "tokens have them by `model.kwargs` (`reg_tokens`).",
+    )
 
 
 class OptimConfig(Config):

@@ -186,3 +186,18 @@ def test_what_cannot_be_trained_is_refused_where_training_is_asked(words: tuple[
 @pytest.mark.parametrize("name", ["int4_sdpa", "lora_sdpa", "int8_sdpa", "fp8_sdpa", "w4a8_sdpa", "int8_static_sdpa"])
 def test_what_can_be_trained_is_not(name: str) -> None:
     assert check(load_recipe(name).recipe, TRAINER, trains=True) == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("int8_sdpa", ("quantization.dynamic_scale=tensor",)),
+        ("fp8_sdpa", ("quantization.activations=tensor",)),
+        ("fp32_sdpa", ("quantization=bnb_int8",)),
+    ],
+)
+def test_padding_beside_what_all_tokens_share(variant: str, words: tuple[str, ...]) -> None:
+    found = problems(CPU, *words, "model.pad_tokens=8", variant=variant)
+    assert "the padding among them. Take model.pad_tokens=0" in found["model.pad_tokens"]
+    assert "model.pad_tokens" not in problems(CPU, *words, variant=variant)
+    assert "model.pad_tokens" not in problems(CPU, "model.pad_tokens=8", variant="int8_sdpa")

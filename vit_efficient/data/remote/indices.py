@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vit_efficient.data.files import cache_dir, make_folder
+from vit_efficient.data.files import make_folder
 from vit_efficient.data.manifest import ShardEntry
 from vit_efficient.data.remote.folder import RemoteFolder
 from vit_efficient.data.shards import index_path, parse_index, read_index
 from vit_efficient.errors import DataError
+from vit_efficient.machine import cache_dir
 
 
 def remote_index(folder: RemoteFolder, entry: ShardEntry) -> NDArray[np.void]:

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.kernels.fp8_linear import reference
-from vit_efficient.kernels.fp8_linear.reference import FORMAT, Scheme, dequantize, quantize_activations, quantize_weight
+from vit_efficient.kernels.fp8_linear.reference import (
+    FORMAT,
+    LARGEST,
+    Scheme,
+    dequantize,
+    quantize_activations,
+    quantize_weight,
+)
 
 FIRST_CAPABLE = (8, 9)  # compute capability with fp8 matrix units
 MULTIPLE = 16  # `torch._scaled_mm` wants K and N in these
@@ -97,7 +104,8 @@ def padded(codes: Tensor, columns: int, rows: int) -> Tensor:
 class _Fp8Linear(torch.autograd.Function):
     """Forward on codes; backward as if the dequantized operands had been multiplied (straight-through).
 
-    Keeps codes and scales for the backward, never a float copy: a quarter of what a float32 layer keeps.
+    A value beyond a given range has no gradient. Keeps codes and scales for the backward, never a float copy: a quarter
+    of what a float32 layer keeps.
     """
 
     @staticmethod
@@ -109,31 +117,39 @@ class _Fp8Linear(torch.autograd.Function):
         scheme: Scheme,
         dtype: torch.dtype,
         given_N1: Tensor | None,
+        input_scale: Tensor | None,
     ) -> Tensor:
         q_NK, scale_N1 = quantize_weight(weight_NK, scheme, given_N1)
-        q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme)
+        x_MK = x.reshape(-1, x.shape[-1])
+        q_MK, scale_M1 = quantize_activations(x_MK, scheme, input_scale)
         y_MN = fp8_matmul(q_MK, scale_M1, q_NK, scale_N1, bias_N, dtype, scheme.accumulation == "fast")
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         for_x = (q_NK, scale_N1) if needs_x else (None, None)
         for_weight = (q_MK, scale_M1) if needs_weight else (None, None)
-        ctx.save_for_backward(*for_x, *for_weight)
+        beyond_MK = None
+        if needs_x and scheme.activations == "static":
+            assert input_scale is not None
+            beyond_MK = x_MK.abs() > LARGEST * input_scale
+        ctx.save_for_backward(*for_x, *for_weight, beyond_MK)
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight_NK.dtype
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
         return y_MN.view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        q_NK, scale_N1, q_MK, scale_M1 = ctx.saved_tensors
+        q_NK, scale_N1, q_MK, scale_M1, beyond_MK = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_MN = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = (grad_MN @ dequantize(q_NK, scale_N1, grad.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+            grad_MK = grad_MN @ dequantize(q_NK, scale_N1, grad.dtype)
+            grad_MK = grad_MK if beyond_MK is None else grad_MK.masked_fill(beyond_MK, 0)
+            grad_x = grad_MK.view(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             grad_weight = (grad_MN.t() @ dequantize(q_MK, scale_M1, grad.dtype)).to(ctx.weight_dtype)
         if needs_bias:
             grad_bias = grad_MN.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -149,6 +165,7 @@ def fp8_linear(
     scheme: Scheme,
     given_N1: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """The layer in training: quantizes the float weight anew, multiplies codes, differentiable in all three.
 
@@ -161,11 +178,12 @@ def fp8_linear(
         scheme: where scales are, and how products are summed.
         given_N1: scales of the weight, (1, 1) for one in all; None: they follow from its largest magnitude.
         dtype: of the result; None: autocast's dtype if autocast is on, else that of `x`.
+        input_scale: of static activations, one positive float32.
 
     Returns:
         (..., N).
     """
-    return _Fp8Linear.apply(x, weight_NK, bias_N, scheme, dtype or output_dtype(x), given_N1)
+    return _Fp8Linear.apply(x, weight_NK, bias_N, scheme, dtype or output_dtype(x), given_N1, input_scale)
 
 
 def fp8_linear_codes(
@@ -175,9 +193,10 @@ def fp8_linear_codes(
     bias_N: Tensor | None,
     scheme: Scheme,
     dtype: torch.dtype | None = None,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """The layer as deployed: from the weight's codes and scales. The arithmetic of `fp8_linear`; no gradient."""
-    q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme)
+    q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme, input_scale)
     dtype = dtype or output_dtype(x)
     y_MN = fp8_matmul(q_MK, scale_M1, q_NK, scale_N1, bias_N, dtype, scheme.accumulation == "fast")
     return y_MN.view(*x.shape[:-1], q_NK.shape[0])

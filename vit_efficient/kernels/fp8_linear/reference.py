@@ -34,13 +34,13 @@ class Scheme:
     Args:
         weights: one scale an output row (`channel`) or one for all (`tensor`).
         activations: one scale a token, or one for all tokens of a forward, so that the outputs of an image depend on
-            the images beside it.
+            the images beside it; or a given one (`static`), beyond which values saturate.
         accumulation: float32 sums (`full`), or sums in the fewer bits of the matrix units (`fast`), where they have
             such a mode; elsewhere sums are always float32.
     """
 
     weights: Literal["channel", "tensor"] = "channel"
-    activations: Literal["token", "tensor"] = "token"
+    activations: Literal["token", "tensor", "static"] = "token"
     accumulation: Literal["full", "fast"] = "full"
 
     @classmethod
@@ -81,8 +81,11 @@ def quantize_weight(weight_NK: Tensor, scheme: Scheme, given: Tensor | None = No
     return quantize(weight_NK, by_row=scheme.weights == "channel", given=given)
 
 
-def quantize_activations(x_MK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Codes (M, K) and scales, (M, 1) or (1, 1), of tokens."""
+def quantize_activations(x_MK: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (M, K) and scales, (M, 1) or (1, 1), of tokens; `scale` (a scalar) where it is static."""
+    if scheme.activations == "static":
+        assert scale is not None, "static activations have a scale"
+        return quantize(x_MK, by_row=True, given=scale.reshape(1, 1))
     return quantize(x_MK, by_row=scheme.activations == "token")
 
 
@@ -108,10 +111,15 @@ def epilogue(
 
 
 def fp8_linear(
-    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scheme: Scheme, dtype: torch.dtype = torch.float32
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype = torch.float32,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """The whole layer: quantize both operands, multiply, scale. x (..., K) gives (..., N). No gradient."""
     q_NK, scale_N1 = quantize_weight(weight_NK, scheme)
-    q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme)
+    q_MK, scale_M1 = quantize_activations(x.reshape(-1, x.shape[-1]), scheme, input_scale)
     y_MN = epilogue(product(q_MK, q_NK), scale_M1, scale_N1, bias_N, dtype)
     return y_MN.view(*x.shape[:-1], weight_NK.shape[0])

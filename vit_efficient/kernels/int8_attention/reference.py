@@ -14,7 +14,11 @@ The one order of operations; every step is rounded to float32:
 4. ``P = softmax(S)`` over the keys that there are, and no others (equation 16). A query that may look at no key gets
    zeros, as PyTorch's attention gives it.
 5. ``O = P @ (v_codes * s_v)`` (equation 18), then the output's dtype. Equation 17 also quantizes the output of the
-   static form: that is the first step of an integer projection behind it, which chooses the scale.
+   static form: `attend` does on request, from the float32 output, with the scale of the projection behind it.
+
+Step 5 has two other forms, by `Values`: values as they come, not quantized (`float`: where they arrive in 16 bits
+anyway, as from a projection that ran in floating point, this is exact and saves a pass); and both its operands in e4m3
+(`fp8`, `attention_values`).
 
 Softmax and the last product are sums in an order that a library chooses, so outputs are compared within float32
 rounding; codes, scales and S are compared bit for bit.
@@ -30,8 +34,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vit_efficient.kernels import attention_values
 from vit_efficient.kernels.int8_linear.reference import (
     EXACT_WIDTH,
+    LARGEST_CODE,
+    SMALLEST_SCALE,
     WIDEST,
     dequantize_rows,
     quantize_given,
@@ -40,6 +47,8 @@ from vit_efficient.kernels.int8_linear.reference import (
 
 Granularity = Literal["token", "tensor"]
 Scales = tuple[Tensor, Tensor, Tensor]
+Values = Literal["int8", "float", "fp8"]
+Keys = Literal["token", "block"]
 
 
 def quantize(x: Tensor, granularity: Granularity = "token", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,6 +71,14 @@ def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     codes, scale = quantize_rows(x.reshape(1, -1))
     return codes.view(x.shape), scale.expand(*x.shape[:-1], 1)
+
+
+def quantize_tensor_scale(x: Tensor) -> Tensor:
+    """The scale alone of `quantize_tensor`, a scalar."""
+    low, high = torch.aminmax(x)
+    amax = torch.maximum(high, -low).to(torch.float32)
+    scale = (amax / torch.full_like(amax, LARGEST_CODE)).clamp_min(SMALLEST_SCALE)
+    return torch.where(amax.isfinite(), scale, torch.nan)
 
 
 def int8_matmul(q_BHNE: Tensor, k_BHME: Tensor) -> Tensor:
@@ -145,3 +162,67 @@ def int8_attention(
     p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
     with torch.autocast(p_BHNM.device.type, enabled=False):
         return (p_BHNM @ dequantize_rows(v, v_scale)).to(dtype)
+
+
+def operand(x_BHNE: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes (..., E) int8 and scales (..., 1) float32 of one operand of `attend`.
+
+    Args:
+        x_BHNE: floating point, to be quantized: with one scale a token and head, or with a given one. Or int8: codes.
+        scale: None; or one positive number, or of codes one a token and head, (..., 1); float32.
+    """
+    if x_BHNE.dtype != torch.int8:
+        return quantize(x_BHNE, "token", scale)
+    assert scale is not None, "codes have a scale"
+    return x_BHNE, scale.expand(*x_BHNE.shape[:-1], 1)
+
+
+def attend(
+    q_BHNE: Tensor,
+    k_BHME: Tensor,
+    v_BHMF: Tensor,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float,
+    values: Values = "int8",
+    keys: Keys = "token",
+    out_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The whole attention from operands in any form, as kernels are given them; no bias, mask, dropout, gradient.
+
+    Args:
+        q_BHNE: queries: floating point, or int8 codes.
+        k_BHME: keys, likewise.
+        v_BHMF: values, likewise; floating point where `values` is not ``int8``.
+        q_scale: with floating-point queries None (one scale a token and head is chosen) or a calibrated number; with
+            codes their scales, one number or (B, H, N, 1). float32.
+        k_scale: of the keys.
+        v_scale: of the values; None where they are not int8.
+        scale: factor on the logits.
+        values: how values are multiplied: quantized to int8 and back (``int8``), as they are (``float``), or in e4m3
+            like the attention weights (``fp8``).
+        keys: of floating-point keys whose scales are chosen here: one a token and head, or one a head and block of 128
+            tokens (`attention_values.quantize_blocks`), which kernels multiply with once a block.
+        out_scale: quantize the output to int8 with this number, a float32 scalar (equation 17). A NaN has the code 0.
+        dtype: of the output otherwise.
+
+    Returns:
+        (B, H, N, F), in `dtype`; int8 codes if `out_scale` is given.
+    """
+    q, q_rows = operand(q_BHNE, q_scale)
+    if keys == "block" and k_scale is None:
+        k, blocks = attention_values.quantize_blocks(k_BHME, integer=True)
+        k_rows = attention_values.by_token(blocks, k.shape[-2])
+    else:
+        k, k_rows = operand(k_BHME, k_scale)
+    s_BHNM = logits(int8_matmul(q, k), q_rows, k_rows, scale)
+    if values == "fp8":
+        y_BHNF = attention_values.weigh(s_BHNM, v_BHMF)
+    else:
+        v_BHMF = v_BHMF.to(torch.float32) if values == "float" else dequantize_rows(*operand(v_BHMF, v_scale))
+        with torch.autocast(s_BHNM.device.type, enabled=False):
+            y_BHNF = softmax(s_BHNM) @ v_BHMF
+    return y_BHNF.to(dtype) if out_scale is None else quantize_given(y_BHNF, out_scale)[0]

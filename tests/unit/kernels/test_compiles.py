@@ -1,0 +1,137 @@
+"""The kernels are compiled for GPUs that are not here: they use the matrix units, and the shipped tiles fit the memory.
+
+Triton needs no GPU to compile. What cannot be seen so is whether the results are right: tests/kernels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed; it exists for Linux only")
+
+from vit_efficient.kernels.layernorm_quant.triton import _kernel as norm_kernel
+from vit_efficient.kernels.linear.launch import Form, fit
+from vit_efficient.kernels.linear.triton import linear_kernel
+from vit_efficient.kernels.quantize.triton import _kernel as quantize_kernel
+from vit_efficient.kernels.tuning import Shape, _shipped, pick
+
+pytestmark = pytest.mark.slow
+SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448}  # bytes that a program may have
+OF_A_PROCESSOR = {"sm_80": 167_936, "sm_89": 102_400, "sm_90": 233_472}  # 1,024 more, which each program takes besides
+ALIGNED = ("M", "N", "K", "D", "a_stride", "b_stride", "residual_stride", "x_stride")
+INTEGERS = (*ALIGNED, "tokens")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], chip: str, warps: int, stages: int) -> Any:
+    """A kernel for a chip. Arguments without a type or a value are None."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = types | {name: "i32" for name in INTEGERS if name in names}
+    constants = {name: None for name in names if name not in types} | constants
+    known = [name for name in names if name not in constants]
+    aligned = [name for name in known if name in ALIGNED or types[name].startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", int(chip[3:]), 32), options=options)
+
+
+LINEAR = [
+    ("sm_90", "int8_linear", "plain"), ("sm_90", "int8_linear", "gelu_quant"), ("sm_90", "int8_linear", "residual"),
+    ("sm_90", "int8_linear", "heads_quant"), ("sm_90", "fp8_linear_fast", "gelu_quant"),
+    ("sm_90", "fp8_linear", "residual"), ("sm_89", "fp8_linear", "gelu_quant"), ("sm_89", "int8_linear", "heads_quant"),
+    ("sm_80", "int8_linear", "gelu_quant"), ("sm_80", "int8_linear", "residual"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
+def test_linear_layers(chip: str, op: str, name: str) -> None:
+    found = pick(_shipped()[chip], f"{op}.{name}", Shape(50432, 1024, 3072))
+    assert found is not None
+    form = Form(
+        layout="heads" if "heads" in name else "rows", gelu="gelu" in name, heads=16, width=64, tokens=197,
+        quant="none" if "quant" not in name else "token" if "heads" in name else "static",
+    )  # fmt: skip
+    tile, step, head_block = fit(found, form)
+    described, fp8 = chip == "sm_90", op.startswith("fp8")
+    code = "fp8e4nv" if fp8 else "i8"
+    out = code if form.quant != "none" else "bf16"
+    types = {"row_scale": "*fp32", "column_scale": "*fp32", "bias": "*bf16", "a": f"*{code}", "b": f"*{code}"}
+    types["out"] = f"*{out}"
+    if described:
+        types["a"] = f"tensordesc<{code}[{tile.block_m}, {tile.block_k}]>"
+        types["b"] = f"tensordesc<{code}[{tile.block_n}, {tile.block_k}]>"
+        if form.layout == "rows":
+            types["out"] = f"tensordesc<{out}[{tile.block_m}, {tile.block_n // tile.parts}]>"
+    if form.quant != "none":
+        types["scales"] = "*fp32"
+    if form.quant == "static":
+        types["out_scale"] = "*fp32"
+    if name == "residual":
+        types |= {"residual": "*bf16", "gamma": "*bf16"}
+    constants = {
+        "FP8": fp8, "PROMOTE": 128 if op == "fp8_linear" and described else 0, "LAYOUT": form.layout, "GELU": form.gelu,
+        "QUANT": form.quant, "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROW_SCALES": True,
+        "COLUMN_SCALES": True, "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
+        "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
+    }  # fmt: skip
+    kernel = compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages)
+    assert kernel.metadata.shared <= SHARED[chip]
+    assert (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
+    assert ("wgmma.mma_async" if chip == "sm_90" else "mma.sync") in kernel.asm["ptx"]
+    assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == described
+
+
+@pytest.mark.parametrize("ones", [("M", "tokens"), ("N", "residual_stride"), ("K", "a_stride", "b_stride")])
+def test_sizes_of_one_which_triton_takes_for_constants(ones: tuple[str, ...]) -> None:
+    heads, one_column = "tokens" in ones, "N" in ones
+    types = dict.fromkeys(("row_scale", "column_scale", "bias", "scales"), "*fp32")
+    types |= {"a": "*i8", "b": "*i8", "out": "*i8" if heads else "*bf16"}
+    if one_column:
+        types["residual"] = "*bf16"
+    constants = {
+        "FP8": False, "PROMOTE": 0, "LAYOUT": "heads" if heads else "rows", "GELU": False,
+        "QUANT": "token" if heads else "none", "LARGEST": 127, "INTEGER": True, "ROW_SCALES": not heads,
+        "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False, "EVEN_K": False, "HEADS": 2,
+        "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2,
+        "PARTS": 2,
+    }  # fmt: skip
+    compiled(linear_kernel, types, constants | dict.fromkeys(ones, 1), "sm_90", 4, 2)
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("quant", ["none", "token", "static"])
+def test_norms(quant: str, chip: str) -> None:
+    pointers = ("x", "residual", "gamma", "weight", "bias", "y", "new")
+    types = dict.fromkeys(pointers, "*bf16") | {"eps": "fp32", "residual_stride": "i32"}
+    if quant != "none":
+        types |= {"y": "*i8", "scales": "*fp32"}
+    if quant == "static":
+        types["given"] = "*fp32"
+    constants = {"QUANT": quant, "LARGEST": 127, "INTEGER": True, "ROWS": 4, "BLOCK": 1024}
+    ptx = compiled(norm_kernel, types, constants, chip, 4, 3).asm["ptx"]
+    assert "ld.global.v4" in ptx  # 16 bytes at once
+
+
+@pytest.mark.parametrize(("chip", "fp8"), [("sm_80", False), ("sm_89", True), ("sm_90", True)])
+def test_quantization(chip: str, fp8: bool) -> None:
+    types = {"x": "*fp32", "codes": "*fp8e4nv" if fp8 else "*i8", "scales": "*fp32"}
+    constants = {"QUANT": "token", "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROWS": 4, "BLOCK": 1024}
+    kernel = compiled(quantize_kernel, types, constants, chip, 4, 3)
+    assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]) == fp8

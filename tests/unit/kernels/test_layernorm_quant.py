@@ -1,0 +1,108 @@
+"""LayerNorm that ends in codes, and quantization on its own, on a CPU. Shapes: B batch, T tokens, D width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit_efficient.kernels.formats import FORMATS, format_of
+from vit_efficient.kernels.layernorm_quant import op
+from vit_efficient.kernels.quantize import op as quantization
+
+B, T, D, EPS = 2, 7, 48, 1e-6
+
+
+def parameters() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, residual, gamma, weight, bias."""
+    torch.manual_seed(0)
+    return torch.randn(B, T, D), torch.randn(B, T, D), torch.rand(D), torch.rand(D), torch.randn(D)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("static", [False, True])
+def test_codes_times_scales_are_near(static: bool, name: str) -> None:
+    x = torch.randn(B, T, D)
+    scale = torch.tensor([0.8 if name == "int4" else 0.03]) if static else None
+    codes, scales = quantization.quantize(x, name, scale)
+    assert codes.dtype == format_of(name).dtype
+    assert scales.shape == (B, T, 1)
+    assert codes.float().abs().max() <= format_of(name).largest
+    half_step = scales / 2 if name != "fp8" else x.abs() / 16 + scales * 2**-10
+    assert ((codes.float() * scales - x).abs() <= half_step * 1.0001).all()
+
+
+def test_what_is_beyond_is_what_the_last_code_does_not_round() -> None:
+    x = torch.tensor([[127.0, 127.4, 127.5, -127.6, 128.0, float("inf"), 0.0]])
+    codes, scales, beyond = quantization.quantize_clipping(x, "int8", torch.tensor([1.0]))
+    assert beyond.tolist() == [[False, False, True, True, True, True, False]]
+    assert codes.tolist() == [[127, 127, 127, -127, 127, 127, 0]]
+    assert scales.tolist() == [[1.0]]
+
+
+def test_a_format_that_is_none() -> None:
+    with pytest.raises(ValueError, match="int8, int4, fp8"):
+        format_of("int3")
+
+
+def test_the_norm_is_pytorchs() -> None:
+    x, residual, gamma, weight, bias = parameters()
+    torch.testing.assert_close(op.layernorm(x, weight, bias, EPS), F.layer_norm(x, (D,), weight, bias, EPS))
+    y, new = op.add_layernorm(x, residual, gamma, weight, bias, EPS)
+    assert torch.equal(new, residual + gamma * x)
+    torch.testing.assert_close(y, F.layer_norm(new, (D,), weight, bias, EPS))
+
+
+def test_the_norm_sees_the_sum_as_it_is_stored() -> None:
+    x, residual, _, weight, bias = parameters()
+    y, new = op.add_layernorm(x, residual.bfloat16(), None, weight, bias, EPS)
+    assert new.dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    assert torch.equal(y, op.layernorm(new, weight, bias, EPS, torch.float32))
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("static", [False, True])
+def test_codes_are_those_of_the_norm(static: bool, form: str) -> None:
+    x, residual, gamma, weight, bias = parameters()
+    scale = torch.tensor([0.03]) if static else None
+    expected = quantization.quantize(op.layernorm(x, weight, bias, EPS), form, scale)
+    for found, wanted in zip(op.layernorm_quant(x, weight, bias, EPS, form, scale), expected, strict=True):
+        assert torch.equal(found.float(), wanted.float())
+    y, new = op.add_layernorm(x, residual, gamma, weight, bias, EPS)
+    expected = *quantization.quantize(y, form, scale), new
+    found_all = op.add_layernorm_quant(x, residual, gamma, weight, bias, EPS, form, scale)
+    for found, wanted in zip(found_all, expected, strict=True):
+        assert torch.equal(found.float(), wanted.float())
+
+
+CASES: list[tuple[Any, list[Any]]] = [
+    (quantization._quantize, ["int8", None]),
+    (quantization._quantize, ["fp8", torch.tensor([0.1])]),
+    (quantization.quantize_clipping, ["int8", torch.tensor([0.01])]),
+    (op._layernorm, [torch.rand(D), None, EPS, torch.bfloat16]),
+    (op._layernorm_quant, [torch.rand(D), torch.rand(D), EPS, "int8", None]),
+    (op._add_layernorm, [torch.randn(T, D), torch.rand(D), None, None, EPS, torch.float16]),
+    (op._add_layernorm_quant, [torch.randn(T, D).bfloat16(), None, None, None, EPS, "fp8", torch.tensor([0.1])]),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_operators_keep_pytorchs_rules(case: int) -> None:
+    operator, rest = CASES[case]
+    torch.library.opcheck(operator, (torch.randn(T, D), *rest))
+
+
+def test_they_compile_without_a_break_from_strided_inputs() -> None:
+    x, residual, gamma, weight, bias = parameters()
+
+    def work(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        inner = x[:, 1:], residual[:, 1:]
+        return *op.add_layernorm_quant(*inner, gamma, weight, bias, EPS), *quantization.quantize(inner[0])
+
+    compiled = torch.compile(work, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(compiled(x, residual), work(x, residual), strict=True):
+        assert torch.equal(found, expected)

@@ -1,0 +1,289 @@
+"""A linear layer on codes, with what follows it in the same pass over the outputs, as operators.
+
+`reference` is the definition and says what each form computes, in which order. On a GPU from sm_80 (fp8: sm_89) one
+Triton kernel does it, elsewhere plain PyTorch. int8 results equal the definition's bit for bit, except behind GELU,
+whose erf is a library's; fp8 sums are compared within rounding. No gradients.
+
+Shapes: M rows (all leading dimensions flattened; tokens), K inputs, N outputs, B batch, T tokens an image, H heads, E
+head width, P parts (3 of a fused qkv, 1 of a split one).
+
+Arguments that all share:
+    q: codes of tokens (..., K), int8 or float8_e4m3fn.
+    scale: theirs, (..., 1) float32, or one in all.
+    weight: codes (N, K) of the same dtype.
+    weight_scale: (N, 1), or (1, 1), float32.
+    bias: (N,), floating point, or None.
+    accumulation: of fp8 sums: `full`, in float32 at least every 128 products, or `fast`, in the fewer bits of the
+        matrix units throughout, where they have such a mode (sm_89, sm_90). Integer sums are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vit_efficient.kernels.device import require_fp8, runs_triton
+from vit_efficient.kernels.formats import format_of
+from vit_efficient.kernels.int8_linear.reference import WIDEST
+from vit_efficient.kernels.linear import reference
+
+Accumulation = Literal["full", "fast"]
+
+
+def _on_gpu(q_MK: Tensor, q_NK: Tensor) -> bool:
+    """Whether the kernel runs; checks that these codes can be multiplied at all."""
+    if q_MK.dtype != q_NK.dtype:
+        raise ValueError(f"linear: codes of tokens are {q_MK.dtype}, those of the weight {q_NK.dtype}; they must agree")
+    if q_MK.dtype == torch.int8:
+        if q_MK.shape[1] > WIDEST:
+            raise ValueError(f"linear: {q_MK.shape[1]:,} inputs can overflow int32; {WIDEST:,} is the most.")
+    else:
+        require_fp8(q_MK)
+    return runs_triton(q_MK) and q_MK.numel() > 0 and q_NK.numel() > 0
+
+
+@torch.library.custom_op("vit_efficient::linear", mutates_args=())
+def linear_of_codes(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    q_NK: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    """`linear` on matrices: (M, N) in `dtype`."""
+    if _on_gpu(q_MK, q_NK):
+        from vit_efficient.kernels.linear import launch
+
+        return launch.linear(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, dtype, fast)
+    y_MN = reference.product(q_MK, scale_M1, q_NK, scale_N1, bias_N)
+    return (reference.gelu(y_MN) if gelu else y_MN).to(dtype)
+
+
+@linear_of_codes.register_fake
+def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, dtype, fast):  # type: ignore[no-untyped-def]
+    return q_MK.new_empty((q_MK.shape[0], q_NK.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("vit_efficient::linear_quant", mutates_args=())
+def _linear_quant(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    q_NK: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None,
+    gelu: bool,
+    out_scale: Tensor,
+    form: str,
+    fast: bool,
+) -> tuple[Tensor, Tensor]:
+    if _on_gpu(q_MK, q_NK):
+        from vit_efficient.kernels.linear import launch
+
+        return launch.linear_quant(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, out_scale, form, fast)
+    y_MN = reference.product(q_MK, scale_M1, q_NK, scale_N1, bias_N)
+    return reference.requantized(reference.gelu(y_MN) if gelu else y_MN, scale_M1, out_scale, form)
+
+
+@_linear_quant.register_fake
+def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, out_scale, form, fast):  # type: ignore[no-untyped-def]
+    codes = q_MK.new_empty((q_MK.shape[0], q_NK.shape[0]), dtype=format_of(form).dtype)
+    return codes, q_MK.new_empty((q_MK.shape[0], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("vit_efficient::linear_residual", mutates_args=())
+def _linear_residual(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    q_NK: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None,
+    residual_MN: Tensor,
+    gamma_N: Tensor | None,
+    fast: bool,
+) -> Tensor:
+    if _on_gpu(q_MK, q_NK):
+        from vit_efficient.kernels.linear import launch
+
+        return launch.linear_residual(q_MK, scale_M1, q_NK, scale_N1, bias_N, residual_MN, gamma_N, fast)
+    y_MN = reference.product(q_MK, scale_M1, q_NK, scale_N1, bias_N)
+    return reference.with_residual(y_MN, residual_MN, gamma_N).contiguous()
+
+
+@_linear_residual.register_fake
+def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, residual_MN, gamma_N, fast):  # type: ignore[no-untyped-def]
+    return residual_MN.new_empty(residual_MN.shape)
+
+
+@torch.library.custom_op("vit_efficient::linear_heads", mutates_args=())
+def _linear_heads(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    q_NK: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None,
+    tokens: int,
+    heads: int,
+    parts: int,
+    dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    if _on_gpu(q_MK, q_NK):
+        from vit_efficient.kernels.linear import launch
+
+        return launch.linear_heads(q_MK, scale_M1, q_NK, scale_N1, bias_N, tokens, heads, parts, dtype, fast)
+    y_MN = reference.product(q_MK, scale_M1, q_NK, scale_N1, bias_N)
+    return reference.heads_first(y_MN, tokens, heads, parts).to(dtype)
+
+
+@_linear_heads.register_fake
+def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, tokens, heads, parts, dtype, fast):  # type: ignore[no-untyped-def]
+    return q_MK.new_empty(_heads_shape(q_MK, q_NK, tokens, heads, parts), dtype=dtype)
+
+
+@torch.library.custom_op("vit_efficient::linear_heads_quant", mutates_args=())
+def _linear_heads_quant(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    q_NK: Tensor,
+    scale_N1: Tensor,
+    bias_N: Tensor | None,
+    tokens: int,
+    heads: int,
+    parts: int,
+    form: str,
+    scale_P: Tensor | None,
+    fast: bool,
+) -> tuple[Tensor, Tensor]:
+    if _on_gpu(q_MK, q_NK):
+        from vit_efficient.kernels.linear import launch
+
+        return launch.linear_heads_quant(
+            q_MK, scale_M1, q_NK, scale_N1, bias_N, tokens, heads, parts, form, scale_P, fast
+        )
+    y_MN = reference.product(q_MK, scale_M1, q_NK, scale_N1, bias_N)
+    codes, scales = reference.quantized_heads(reference.heads_first(y_MN, tokens, heads, parts), form, scale_P)
+    return codes, scales.contiguous()
+
+
+@_linear_heads_quant.register_fake
+def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, tokens, heads, parts, form, scale_P, fast):  # type: ignore[no-untyped-def]
+    shape = _heads_shape(q_MK, q_NK, tokens, heads, parts)
+    codes = q_MK.new_empty(shape, dtype=format_of(form).dtype)
+    return codes, q_MK.new_empty((*shape[:-1], 1), dtype=torch.float32)
+
+
+def _heads_shape(q_MK: Tensor, q_NK: Tensor, tokens: int, heads: int, parts: int) -> tuple[int, ...]:
+    return parts, q_MK.shape[0] // tokens, heads, tokens, q_NK.shape[0] // (parts * heads)
+
+
+def _flat(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (M, K) and scales (M, 1) or (1, 1)."""
+    return q.reshape(-1, q.shape[-1]), scale.reshape(-1, 1)
+
+
+def linear(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    gelu: bool = False,
+    accumulation: Accumulation = "full",
+) -> Tensor:
+    """The layer, with or without GELU: (..., N) in `dtype`."""
+    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    y_MN = linear_of_codes(*operands, gelu, dtype, accumulation == "fast")
+    return y_MN.view(*q.shape[:-1], weight.shape[0])
+
+
+def linear_quant(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    *,
+    form: str = "int8",
+    gelu: bool = False,
+    accumulation: Accumulation = "full",
+) -> tuple[Tensor, Tensor]:
+    """The layer, with or without GELU, quantized with a given scale for the next one.
+
+    Args:
+        out_scale: one positive float32 on the device.
+        form: of the codes: `int8`, `int4` or `fp8`.
+
+    Returns:
+        codes (..., N) and scales (..., 1) float32, all `out_scale` except where a row came in with the scale NaN.
+    """
+    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    codes, scales = _linear_quant(*operands, gelu, out_scale, form, accumulation == "fast")
+    return codes.view(*q.shape[:-1], weight.shape[0]), scales.view(*q.shape[:-1], 1)
+
+
+def linear_residual(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None = None,
+    *,
+    accumulation: Accumulation = "full",
+) -> Tensor:
+    """``residual + gamma * layer``, (..., N) in the residual's dtype; `gamma` (N,) is the layer scale, or None."""
+    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    flat_MN = residual.reshape(-1, residual.shape[-1])
+    return _linear_residual(*operands, flat_MN, gamma, accumulation == "fast").view(residual.shape)
+
+
+def linear_heads(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    *,
+    dtype: torch.dtype,
+    parts: int = 3,
+    accumulation: Accumulation = "full",
+) -> Tensor:
+    """Queries, keys and values as attention reads them: q (B, T, K) gives (P, B, H, T, E), contiguous, in `dtype`."""
+    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    return _linear_heads(*operands, q.shape[-2], heads, parts, dtype, accumulation == "fast")
+
+
+def linear_heads_quant(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    *,
+    form: str = "int8",
+    parts: int = 3,
+    scales: Tensor | None = None,
+    accumulation: Accumulation = "full",
+) -> tuple[Tensor, Tensor]:
+    """The same, quantized as `int8_attention` takes its operands.
+
+    Args:
+        form: of the codes.
+        scales: (P,) positive float32, one for each part (static); None: each token's and head's own.
+
+    Returns:
+        codes (P, B, H, T, E) and scales (P, B, H, T, 1) float32.
+    """
+    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    return _linear_heads_quant(*operands, q.shape[-2], heads, parts, form, scales, accumulation == "fast")

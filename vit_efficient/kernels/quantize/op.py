@@ -1,0 +1,62 @@
+"""Quantization of rows on its own, as an operator: in one pass on a GPU, by the definition elsewhere.
+
+Shapes: M rows (all leading dimensions flattened), K columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vit_efficient.kernels.device import runs_triton
+from vit_efficient.kernels.formats import format_of
+from vit_efficient.kernels.quantize import reference
+
+
+@torch.library.custom_op("vit_efficient::quantize", mutates_args=())
+def _quantize(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if runs_triton(x_MK) and x_MK.numel():
+        from vit_efficient.kernels.quantize import triton
+
+        return triton.quantize(x_MK, form, scale)
+    codes, scales = reference.quantize(x_MK, form, scale)
+    return codes, scales.contiguous()
+
+
+@_quantize.register_fake
+def _(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes = x_MK.new_empty(x_MK.shape, dtype=format_of(form).dtype)
+    return codes, x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("vit_efficient::quantize_clipping", mutates_args=())
+def quantize_clipping(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` of a matrix to integers with a given scale, and `reference.beyond` in the same pass: (M, K) bool."""
+    if runs_triton(x_MK) and x_MK.numel():
+        from vit_efficient.kernels.quantize import triton
+
+        return triton.quantize_clipping(x_MK, form, scale)
+    codes, scales = reference.quantize(x_MK, form, scale)
+    return codes, scales.contiguous(), reference.beyond(x_MK, form, scale)
+
+
+@quantize_clipping.register_fake
+def _(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes = x_MK.new_empty(x_MK.shape, dtype=format_of(form).dtype)
+    scales = x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
+    return codes, scales, x_MK.new_empty(x_MK.shape, dtype=torch.bool)
+
+
+def quantize(x: Tensor, form: str = "int8", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and the scale of each row; no gradient.
+
+    Args:
+        x: (..., K), floating point, strided as it may be.
+        form: of the codes: `int8`, `int4` (within +-7, a byte each) or `fp8`.
+        scale: one positive float32 on the device (static); None: each row's own (per token).
+
+    Returns:
+        codes (..., K), contiguous, and scales (..., 1) float32.
+    """
+    codes, scales = _quantize(x.reshape(-1, x.shape[-1]), form, scale)
+    return codes.view(x.shape), scales.view(*x.shape[:-1], 1)

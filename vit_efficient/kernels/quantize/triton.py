@@ -1,0 +1,58 @@
+"""Quantization of rows in one pass. Shapes: M rows, K columns."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vit_efficient.kernels.device_functions import divide, quantize_block
+from vit_efficient.kernels.formats import format_of
+from vit_efficient.kernels.rows import row_launch, with_rows
+
+
+@triton.jit
+def _kernel(
+    x, given, codes, scales, beyond, M, K, x_stride,
+    QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = (row < M)[:, None] & (column < K)[None, :]
+    y = tl.load(x + row[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+    q, scale = quantize_block(y, given, QUANT, LARGEST, INTEGER)
+    tl.store(codes + row[:, None] * K + column[None, :], q, mask=there)
+    tl.store(scales + row, scale, mask=row < M)
+    if beyond is not None:
+        step = tl.load(given)
+        # Rounding to even takes LARGEST + 0.5 to the next code. An infinity's quotient is no number, but is beyond.
+        far = (tl.abs(divide(y, step, tl.div_rn(1.0, step))) < LARGEST + 0.5) == 0
+        tl.store(beyond + row[:, None] * K + column[None, :], (far & (y == y)).to(tl.int8), mask=there)
+
+
+def quantize(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`reference.quantize` of a matrix."""
+    return _launch(x_MK, form, scale, None)
+
+
+def quantize_clipping(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.quantize` of a matrix to integers, and `reference.beyond`."""
+    beyond = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
+    return *_launch(x_MK, form, scale, beyond), beyond.view(torch.bool)
+
+
+def _launch(x_MK: Tensor, form: str, scale: Tensor | None, beyond: Tensor | None) -> tuple[Tensor, Tensor]:
+    chosen = format_of(form)
+    x_MK = with_rows(x_MK)
+    rows, columns = x_MK.shape
+    codes = torch.empty(x_MK.shape, dtype=chosen.dtype, device=x_MK.device)
+    scales = torch.empty((rows, 1), dtype=torch.float32, device=x_MK.device)
+    plan = row_launch(rows, columns, x_MK.device)
+    with torch.cuda.device_of(x_MK):
+        _kernel[(plan.programs,)](
+            x_MK, scale, codes, scales, beyond, rows, columns, x_MK.stride(0),
+            QUANT="token" if scale is None else "static", LARGEST=chosen.largest, INTEGER=chosen.is_integer,
+            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes, scales

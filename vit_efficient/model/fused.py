@@ -1,0 +1,294 @@
+"""Deployed transformer blocks that quantize each tensor once, where it is made.
+
+norm -> codes -> qkv -> attention -> codes -> proj + layer scale + residual -> norm -> codes -> fc1 + GELU + codes ->
+fc2 + layer scale + residual, each arrow between codes a kernel on a GPU. `fuse_blocks` puts such blocks in place of
+timm's, in memory, after a deployed model is loaded. Parameters, buffers and their names stay as they are; so does what
+a file of the model holds. The arithmetic is that of the layers (`quantization.fused_linear`).
+
+Shapes: B batch, N tokens, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import GELU, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
+from torch import Tensor, nn
+
+from vit_efficient.attention.modules import Arguments, SelfAttention
+from vit_efficient.errors import UserError
+from vit_efficient.kernels.int8_attention.op import int8_attend
+from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
+from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
+from vit_efficient.quantization.int8_attention import Int8Attend
+
+# x + scale1(attn(norm1(x))), then x + scale2(mlp(norm2(x))), and nothing else.
+BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock)
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse_blocks` did.
+
+    Args:
+        fused: names of the blocks that are fused.
+        left: why each of the others is not, by its name.
+    """
+
+    fused: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """For a person to read: ``24 of 24 blocks fused``, and a line for each reason why some are not."""
+        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.left)} blocks fused"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        return lines + [f"not fused: {_span(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _span(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} .. {names[-1]} ({len(names)})"
+
+
+class FusedBlock(nn.Module):
+    """A block of timm's in evaluation, with the same parameters, buffers and submodules under the same names.
+
+    Make one with `fuse_blocks`.
+    """
+
+    attn: SelfAttention
+    mlp: Any
+
+    def __init__(self, block: nn.Module, views: dict[str, FusedLinear]) -> None:
+        super().__init__()
+        self.held = (block,)  # in a tuple: its children are this block's
+        self._parameters.update(block._parameters)
+        self._buffers.update(block._buffers)
+        self._modules.update(block._modules)
+        for name in HOOKS:  # of the block itself
+            setattr(self, name, getattr(block, name))
+        self.views = views
+        self.readers = [name for name in ("qkv", *PROJECTIONS, "gate") if f"attn.{name}" in views]
+        self.widening = [name for name in ("fc1", "fc1_g", "fc1_x") if f"mlp.{name}" in views]
+        entering = [views[f"attn.{name}"] for name in self.readers], [views[f"mlp.{name}"] for name in self.widening]
+        self.attn_input = SharedNormCodes(block.get_submodule("norm1"), entering[0])
+        self.attn_output = NormCodes(getattr(self.attn, "norm", None) or nn.Identity(), views["attn.proj"])
+        self.mlp_input = SharedNormCodes(block.get_submodule("norm2"), entering[1])
+        self.mlp_output = NormCodes(self.mlp.norm, views["mlp.fc2"])
+        self.register_load_state_dict_post_hook(_fold)
+        self.train(block.training)
+
+    @property
+    def original(self) -> nn.Module:
+        """timm's block, with what this one has now."""
+        (block,) = self.held
+        for name in ("_parameters", "_buffers", "_modules"):
+            now = getattr(self, name)
+            getattr(block, name).update({key: now[key] for key in getattr(block, name)})
+        return block.train(self.training)
+
+    def fold(self) -> None:
+        """Take what was loaded into the norms."""
+        for module in self.modules():
+            if isinstance(module, NormCodes):
+                module.fold()
+
+    def forward(self, x_BND: Tensor, **inputs: Any) -> Tensor:
+        """The block. `inputs` are what timm's passes on to its attention (rope, attn_mask, shared biases).
+
+        Raises:
+            UserError: the model is in training mode.
+        """
+        if self.training:
+            raise UserError(
+                "A fused block has no training form, and the model is in training mode. Call model.eval(), or "
+                "vit_efficient.model.fused.unfuse_blocks(model)."
+            )
+        return self._mlp(self._attention(x_BND, inputs))
+
+    def _attention(self, x_BND: Tensor, inputs: dict[str, Any]) -> Tensor:
+        attn = self.attn
+        read, given = self.attn_input(x_BND), attn.arguments(x_BND, **inputs)
+        if all(one is None for one in given.values()) and self._attends_codes():
+            entering = self._attend_codes(read, output_dtype(x_BND))
+        else:
+            entering = self._attend(read, output_dtype(x_BND), given)
+        return self.views["attn.proj"].add_output(entering, x_BND, self._layer_scale(1))
+
+    def _attend(self, read: list[Codes], dtype: torch.dtype, given: Arguments) -> Codes:
+        """Projections in `dtype`, attention by the backend, and the codes that enter the last projection."""
+        attn, projected = self.attn, {}
+        for name, codes in zip(self.readers, read, strict=True):
+            bias, apart = self._bias(name)
+            y = self.views[f"attn.{name}"].output(codes, dtype, bias)
+            projected[name] = y if apart is None else y + apart.to(dtype)
+        gate = projected.pop("gate", None)
+        y_BND = attn.attend_heads(*attn.split_heads(*projected.values()), **given)
+        if gate is None:
+            return self.attn_output(y_BND)
+        y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
+        return self.views["attn.proj"].codes(y_BND * gate.sigmoid())
+
+    def _attends_codes(self) -> bool:
+        """Whether projections can end in the codes that integer attention multiplies: nothing lies between the two."""
+        attn, backend = self.attn, self.attn.backend
+        return (
+            isinstance(backend, Int8Attend)
+            and backend.granularity == "token"
+            and not backend.observing
+            and (attn.q_norm is None or (_is_identity(attn.q_norm) and _is_identity(attn.k_norm)))
+            and attn.num_kv_heads == attn.num_heads
+            and not any(self.views[f"attn.{name}"].grouped or self._bias(name)[1] is not None for name in self.readers)
+            and "gate" not in self.readers
+        )
+
+    def _attend_codes(self, read: list[Codes], dtype: torch.dtype) -> Codes:
+        """Projections that end in codes, integer attention, and the codes that enter the last projection."""
+        attn, proj, backend = self.attn, self.views["attn.proj"], self.attn.backend
+        assert isinstance(backend, Int8Attend)
+        scales = None if backend.scales is None else torch.stack(backend.scales)
+        parts = 3 if attn.qkv is not None else 1
+        values: list[Tensor] = []
+        rows: list[Tensor] = []
+        for index, (name, codes) in enumerate(zip(self.readers, read, strict=True)):
+            own = scales if scales is None or parts == 3 else scales[index : index + 1]
+            made = self.views[f"attn.{name}"].output_heads(codes, attn.num_heads, parts, own, self._bias(name)[0])
+            values += made.values.unbind(0)
+            rows += made.scale.unbind(0)
+        (q, k, v), (q_scale, k_scale, v_scale) = values, rows
+        if attn.padding is not None:
+            k, v, *_ = attn.padding.readable(k, v, None, None)
+            k_scale, v_scale, *_ = attn.padding.readable(k_scale, v_scale, None, None)
+        # A given scale of the projection behind it: attention ends in that one's codes.
+        ends_in = proj.input_scale if proj.form == "int8" and proj.plain_input and self._straight_to_proj() else None
+        y_BHNE = int8_attend(
+            q, k, v, q_scale, k_scale, v_scale, scale=attn.scale, out_scale=ends_in, dtype=dtype
+        )  # fmt: skip
+        y_BND = y_BHNE.transpose(1, 2).flatten(2)
+        return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
+
+    def _straight_to_proj(self) -> bool:
+        return _is_identity(self.attn.norm)
+
+    def _bias(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """A bias that EVA and BEiT hold apart: as the projection's own, where it has none; or to be added after it."""
+        apart = self.attn.separate_bias() if name == "qkv" else None
+        return (apart, None) if self.views[f"attn.{name}"].layer.bias is None else (None, apart)
+
+    def _mlp(self, x_BND: Tensor) -> Tensor:
+        mlp, dtype, fc2 = self.mlp, output_dtype(x_BND), self.views["mlp.fc2"]
+        codes = self.mlp_input(x_BND)
+        wide = [self.views[f"mlp.{name}"] for name in self.widening]
+        if _is_gelu(mlp.act) and isinstance(mlp, Mlp):
+            if isinstance(mlp.norm, nn.Identity):
+                return fc2.add_output(wide[0].output_gelu_codes(codes[0], fc2, dtype), x_BND, self._layer_scale(2))
+            h = wide[0].output_gelu(codes[0], dtype)
+        else:
+            h = self._activate([layer.output(one, dtype) for layer, one in zip(wide, codes, strict=True)])
+        return fc2.add_output(self.mlp_output(h), x_BND, self._layer_scale(2))
+
+    def _activate(self, projected: list[Tensor]) -> Tensor:
+        """The activation as a pass of its own: gated, or one that no product ends in."""
+        mlp = self.mlp
+        if isinstance(mlp, SwiGLU):
+            return mlp.act(projected[0]) * projected[1]
+        if isinstance(mlp, GluMlp):
+            first, second = projected[0].chunk(2, dim=-1)
+            return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+        return mlp.act(projected[0])
+
+    def _layer_scale(self, half: int) -> Tensor | None:
+        """gamma (D,) of the attention's (1) or the MLP's (2) branch, or None."""
+        scale = getattr(self, f"ls{half}", None)
+        return scale.gamma if isinstance(scale, LayerScale) else getattr(self, f"gamma_{half}", None)
+
+    def extra_repr(self) -> str:
+        return f"fused {type(self.held[0]).__name__}"
+
+
+def _fold(block: FusedBlock, _: Any) -> None:  # at the top of the module, so that models can be pickled
+    block.fold()
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    return module is None or isinstance(module, nn.Identity)
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is the erf form, which products end in."""
+    return isinstance(act, GELU) or (isinstance(act, nn.GELU) and act.approximate == "none")
+
+
+def fuse_blocks(model: nn.Module) -> FuseReport:
+    """Put fused blocks in place of timm's, in place, wherever all linear layers of a block multiply codes.
+
+    What a block has that the fused form does not know leaves that block as it is, and the report says why. For
+    evaluation; `unfuse_blocks` takes it back. Do it after weights are loaded and before compilation.
+
+    Args:
+        model: deployed (`finalize`d or loaded from a model file), its attention swapped, its blocks in `blocks`.
+
+    Raises:
+        UserError: the model has no `blocks`.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Module):
+        raise UserError(f"{type(model).__name__} has no `blocks`, so there is nothing to fuse.")
+    report = FuseReport()
+    for name, block in list(blocks.named_children()):
+        full = f"blocks.{name}"
+        if isinstance(block, FusedBlock):
+            report.fused.append(full)
+            continue
+        views = _read(block)
+        if isinstance(views, str):
+            report.left[full] = views
+            continue
+        setattr(blocks, name, FusedBlock(block, views))
+        report.fused.append(full)
+    return report
+
+
+def unfuse_blocks(model: nn.Module) -> None:
+    """Put timm's own blocks back, in place, with the weights that the fused ones have now."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedBlock):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original)
+
+
+def _read(block: nn.Module) -> dict[str, FusedLinear] | str:
+    """The layers of a block as a fused one calls them, by name; or, in words, why it cannot be fused."""
+    if type(block) not in BLOCKS:
+        return f"{type(block).__name__} is not a block of a pre-normed attention and a pre-normed MLP"
+    attn: Any = block.get_submodule("attn")
+    mlp: Any = block.get_submodule("mlp")
+    if not isinstance(attn, SelfAttention):
+        return f"its attention is a {type(attn).__name__}, whose parts cannot be called apart"
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        return f"its MLP is a {type(mlp).__name__}"
+    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in block.modules() if inner is not block):
+        return "its parts have forward hooks, which a fused block would not call"
+    names = [f"attn.{name}" for name in ("qkv", *PROJECTIONS, "gate", "proj") if _child(attn, name)]
+    names += [f"mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x", "fc2") if _child(mlp, name)]
+    views: dict[str, FusedLinear] = {}
+    for name in names:
+        found = view(block.get_submodule(name))
+        if isinstance(found, str):
+            return f"{name} {found}"
+        views[name] = found
+    return views
+
+
+def _child(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)

@@ -1,0 +1,215 @@
+"""One call for users of plain PyTorch: a timm model in, the same model with quantized layers and fused blocks out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from vit_efficient.attention.base import AttentionBackendConfig
+from vit_efficient.attention.config import AttentionConfig
+from vit_efficient.attention.sdpa import SdpaConfig
+from vit_efficient.attention.swap import head_widths, swap_attention
+from vit_efficient.config import Config
+from vit_efficient.errors import CapabilityError, Problem, RecipeError, UserError
+from vit_efficient.machine import detect
+from vit_efficient.model.fused import FusedBlock, fuse_blocks
+from vit_efficient.quantization.calibrate import FEWEST, calibrate
+from vit_efficient.quantization.calibration import CalibrationConfig
+from vit_efficient.quantization.config import QuantizationConfig
+from vit_efficient.quantization.stored import QuantizedLayer
+from vit_efficient.recipe.load import load_recipe
+from vit_efficient.recipe.schema import Recipe
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# What a mapping may hold where it has sections; without them it is the quantization section itself.
+SECTIONS = ("attention", "quantization")
+Images = Tensor | Iterable[Any]
+
+logger = logging.getLogger("vit_efficient")
+
+
+def quantize_model(
+    model: nn.Module,
+    recipe: str | Recipe | Config | Mapping[str, Any],
+    *,
+    calibration: Images | None = None,
+    inplace: bool = False,
+    fuse: bool = True,
+) -> nn.Module:
+    """Quantize a Vision Transformer of timm with the weights that it has, for inference.
+
+    The result is the same kind of timm model (`forward_features`, `forward_head` and names of parameters as before), on
+    the same device and in the same dtype, in evaluation mode; it can be compiled, exported and captured. What was done
+    to how many layers and blocks, and why not to others, is logged to ``vit_efficient``.
+
+    Args:
+        model: with trained weights, of one floating dtype; (B, 3, S, S) to (B, classes).
+        recipe: a shipped recipe by name (``int8_sdpa``, ``fp8_sdpa``, ``int4_group_sdpa``), the path of a recipe file,
+            a `Recipe`, the configuration of a quantization, or a mapping of that (``{"name": "int8", "activations":
+            "static"}``; or with sections ``quantization`` and ``attention``). Only these two sections are read, and the
+            model's own dtype takes the place of ``precision``. Adapters are for training: they are left out.
+        calibration: images as the model takes them, for schemes that need them: one tensor (B, 3, S, S), or batches
+            such as a data loader gives (tensors, or tuples that begin with one). As many are taken as the recipe's
+            ``calibration.samples`` says; at least 16.
+        inplace: change `model` itself. Otherwise a copy is made, and `model` stays as it is.
+        fuse: replace blocks by fused ones where they can be (int8 and fp8).
+
+    Returns:
+        The quantized model; `model` itself if `inplace`.
+
+    Raises:
+        UserError: no Vision Transformer with known attention, one that is quantized or compiled already, a recipe that
+            quantizes nothing, no calibration images for a scheme that needs them, or too few.
+        RecipeError: no such recipe, or mistakes in it.
+        CapabilityError: the device cannot run it.
+    """
+    quantization, attention = _sections(recipe)
+    _check(model, quantization, calibration)
+    dtype, device = _one_dtype(model), next(model.parameters()).device
+    _check_device(device, dtype, quantization, attention, model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    model.eval().requires_grad_(False).float()  # codes are chosen in float32
+    swap_attention(model, SdpaConfig().build())  # which runs in float32 too
+    report = quantization.apply(model, compute_dtype=dtype)
+    lines = report.lines()
+    if getattr(quantization, "needs_calibration", False):
+        assert calibration is not None, "checked above"
+        config = getattr(quantization, "calibration", None) or CalibrationConfig()
+        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+            lines += calibrate(model, _batches(calibration, config.samples, device), config).lines()
+    quantization.finalize(model)
+    if getattr(quantization, "attention", "none") == "none":
+        swap_attention(model, attention.build())
+    model.to(dtype).eval().requires_grad_(False)
+    for line in lines:
+        logger.info(line)
+    if fuse and quantization.name in ("int8", "fp8"):
+        first, *rest = fuse_blocks(model).lines()
+        logger.info(first)
+        for line in rest:
+            logger.warning(line)
+    return model
+
+
+def _sections(recipe: Any) -> tuple[Any, AttentionBackendConfig]:
+    """The quantization and the attention that were asked for."""
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe).recipe
+    if isinstance(recipe, Recipe):
+        quantization, attention = recipe.quantization, recipe.attention
+    elif isinstance(recipe, Mapping):
+        content = recipe if set(recipe) & set(SECTIONS) else {"quantization": recipe}
+        if strangers := [key for key in content if key not in SECTIONS]:
+            raise RecipeError([Problem(key, "is not read here", allowed=", ".join(SECTIONS)) for key in strangers])
+        quantization = _validated(QuantizationConfig, "quantization", content.get("quantization", {"name": "none"}))
+        attention = _validated(AttentionConfig, "attention", content.get("attention", {"name": "sdpa"}))
+    elif hasattr(recipe, "apply") and hasattr(recipe, "finalize"):
+        quantization, attention = recipe, SdpaConfig()
+    else:
+        raise UserError(
+            f"quantize_model: a recipe is a name, a path, a Recipe, a quantization's configuration or a mapping, and "
+            f"not a {type(recipe).__name__}."
+        )
+    if quantization.name == "none":
+        raise UserError(
+            "quantize_model: this recipe's quantization is none, so there is nothing to do. Shipped recipes that "
+            "quantize: int8_sdpa, fp8_sdpa, int4_group_sdpa, ..."
+        )
+    if getattr(quantization, "lora", None) is not None:
+        quantization = quantization.model_copy(update={"lora": None, "train": "lora", "base": None})
+    return quantization, attention
+
+
+def _validated(kind: Any, section: str, content: Any) -> Any:
+    if isinstance(content, Config):
+        return content
+    try:
+        return TypeAdapter(kind).validate_python({"name": content} if isinstance(content, str) else dict(content))
+    except ValidationError as error:
+        problems = []
+        for one in error.errors():
+            path = ".".join(str(part) for part in (section, *one["loc"]))
+            problems.append(Problem(path, one["msg"].removeprefix("Value error, ")))
+        raise RecipeError(problems) from None
+
+
+def _check(model: nn.Module, quantization: Any, calibration: Images | None) -> None:
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise UserError("quantize_model: the model is compiled. Quantize it first, then compile the result.")
+    for name, module in model.named_modules():
+        if isinstance(module, FusedBlock) or (name and isinstance(module, QuantizedLayer)):
+            raise UserError(f"quantize_model: `{name}` is quantized already. Give the float model.")
+    needed = bool(getattr(quantization, "needs_calibration", False))
+    if needed and calibration is None:
+        raise UserError(
+            f"quantize_model: this form of quantization={quantization.name} is calibrated on images, and none were "
+            f"given. Pass calibration=..., {FEWEST} or more images as the model takes them (256 are plenty), or take a "
+            "recipe with dynamic scales, such as int8_sdpa."
+        )
+    if calibration is not None and not needed:
+        raise UserError(
+            f"quantize_model: calibration images were given, and this form of quantization={quantization.name} reads "
+            'none. Leave them out, or ask for what they find: {"name": "int8", "calibration": {}}.'
+        )
+
+
+def _one_dtype(model: nn.Module) -> torch.dtype:
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) != 1 or not dtypes <= PRECISIONS.keys():
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no parameters"
+        raise UserError(
+            f"quantize_model: the model's parameters are {found}; they must be of one dtype, float32, bfloat16 or "
+            "float16. Convert it first: model.float()."
+        )
+    return dtypes.pop()
+
+
+def _check_device(
+    device: torch.device, dtype: torch.dtype, quantization: Any, attention: AttentionBackendConfig, model: nn.Module
+) -> None:
+    """Refuse what the device that the model is on cannot run."""
+    if device.type == "meta":
+        raise UserError("quantize_model: the model is on the meta device, so it has no weights to quantize.")
+    machine, kind = detect(), "cuda" if device.type == "cuda" else "cpu"
+    if kind == "cuda":  # the GPU that it is on, whatever others there are
+        machine = replace(machine, gpus=(machine.gpus[device.index or 0],))
+    precision = PRECISIONS[dtype]
+    # That a CPU refuses fp16 is about training in it.
+    asked = "fp32" if kind == "cpu" and precision == "fp16" else precision
+    reasons = [quantization.refusal(machine, asked, kind)]
+    reasons += [attention.refusal(machine, precision, width, kind) for width in _head_widths(model)]  # type: ignore[arg-type]
+    for reason in filter(None, reasons):
+        raise CapabilityError(f"quantize_model: {reason}")
+
+
+def _head_widths(model: nn.Module) -> set[int]:
+    """The head widths of a timm model, swapped or not."""
+    plain = (getattr(module, "head_dim", None) for module in model.modules())
+    return {width for width in plain if isinstance(width, int)} | head_widths(model)
+
+
+def _batches(images: Images, samples: int, device: torch.device) -> list[Tensor]:
+    """At most `samples` images, in batches, float32 on the device."""
+    batches: list[Tensor] = []
+    left = samples
+    for batch in images.split(64) if isinstance(images, Tensor) else images:
+        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(first, Tensor) or first.ndim != 4:
+            what = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+            raise UserError(
+                f"quantize_model: calibration gives batches of images (B, 3, S, S), or tuples that begin with one; "
+                f"got {what}."
+            )
+        batches.append(first[:left].to(device, torch.float32))
+        left -= len(batches[-1])
+        if left <= 0:
+            break
+    return batches
