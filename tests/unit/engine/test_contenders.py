@@ -84,7 +84,7 @@ def test_rows_hold_all_against_the_first() -> None:
     assert all(row.speedup == 1 for row in rows if row.name == "fp32_sdpa")
     for row in rows:
         assert row.p50 <= row.p95 <= row.p99
-        assert row.images_per_second == pytest.approx(row.batch / row.p50, rel=0.5)
+        assert row.batch / row.p99 <= row.images_per_second
         assert len(row.rounds) == 2
         assert row.peak_bytes is None  # a CPU's cannot be told apart from the rest of the process
 

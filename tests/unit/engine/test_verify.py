@@ -25,7 +25,7 @@ from vit_efficient.kernels.fp8_linear import op as fp8_op
 from vit_efficient.kernels.fp8_linear import reference as fp8_reference
 from vit_efficient.kernels.int8_attention import op as attention_op
 from vit_efficient.kernels.int8_attention import reference as attention_reference
-from vit_efficient.kernels.int8_linear import op, reference
+from vit_efficient.kernels.int8_linear import op, passes, reference
 from vit_efficient.quantization.fp8 import Fp8Config
 from vit_efficient.quantization.fp8_layers import TrainableFp8
 from vit_efficient.quantization.int8_attention import integer_attention, quantize_attention
@@ -107,7 +107,7 @@ def test_another_rounding_in_one_layer_is_caught_and_named(integer_model: Make) 
 
 def test_another_rounding_everywhere_is_caught(integer_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = integer_model()
-    monkeypatch.setattr(op, "quantize_rows", floor_rows)
+    monkeypatch.setattr(passes, "quantize_rows", floor_rows)
     result, _ = verify(model)
     assert {layer for _, layer, _ in result.failures} >= set(integer_layers(model))
     assert result.failures[0][1] == next(iter(integer_layers(model)))
@@ -172,8 +172,8 @@ def test_fp8_is_verified(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(counted.share == 1 and counted.total > 0 for counted in result.layers[own].values())
     assert "onnx" not in printed.partition("absent")[2]
 
-    def towards_zero(x_MK: Tensor, scheme: Any) -> tuple[Tensor, Tensor]:
-        codes, scale = fp8_reference.quantize_activations(x_MK, scheme)
+    def towards_zero(x_MK: Tensor, scheme: Any, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        codes, scale = fp8_reference.quantize_activations(x_MK, scheme, given)
         return (codes.view(torch.uint8) & 0xFE).view(codes.dtype), scale  # the last bit of the mantissa dropped
 
     monkeypatch.setattr(fp8_op, "quantize_activations", towards_zero)
