@@ -17,6 +17,9 @@ from typing import Any
 from vit_efficient.cluster.liveness import Verdict
 
 
+_started: list[subprocess.Popen[bytes]] = []  # by this process: the second run in it has the children of the first
+
+
 class Children:
     """The processes that this one started through Lightning's launcher; none where something else started them all.
 
@@ -31,12 +34,18 @@ class Children:
 
     @property
     def processes(self) -> Sequence[subprocess.Popen[bytes]]:
-        return getattr(self._launcher, "procs", ())
+        """In the order of their ranks."""
+        if procs := getattr(self._launcher, "procs", ()):
+            _started[:] = procs
+        return _started
 
     def verdict(self) -> Verdict | None:
         """How a child ended that should not have; None while all is well."""
-        self._mute_observer()
-        for number, process in enumerate(self.processes):
+        processes = self.processes
+        for thread in threading.enumerate() if processes else ():
+            if thread.name == "child-process-observer":
+                vars(thread)["_child_processes"] = []  # with none to look after, it ends
+        for number, process in enumerate(processes):
             code = process.poll()
             if not code:
                 continue
@@ -48,26 +57,20 @@ class Children:
             return Verdict(f"{name} has died: killed by {why}{hint}.", self._lost_code)
         return None
 
-    def _mute_observer(self) -> None:
-        for thread in threading.enumerate() if self.processes else ():
-            if thread.name == "child-process-observer":
-                vars(thread)["_child_processes"] = []  # with none to look after, it ends
-
 
 class Parent:
-    """The process that started this one. Ask for it early: it is whoever was the parent then.
+    """The process that started this one as a further rank. Ask for it early: it is whoever was the parent then.
 
     Args:
-        rank: of this process; rank 0 on a terminal may well outlive its shell.
-        lost_code: exit code where the parent is gone.
+        rank: of that process.
+        lost_code: exit code where it is gone.
     """
 
     def __init__(self, rank: int, lost_code: int) -> None:
         self._pid, self._rank, self._lost_code = os.getppid(), rank, lost_code
 
     def verdict(self) -> Verdict | None:
-        """Whether the process that started this one, as one of several, is gone."""
-        if self._rank == 0 or os.getppid() == self._pid:
+        """Whether that process is gone."""
+        if os.getppid() == self._pid:
             return None
-        who = f"The process that started rank {self._rank} (pid {self._pid} on {gethostname()})"
-        return Verdict(f"{who} has died.", self._lost_code)
+        return Verdict(f"rank {self._rank} (pid {self._pid} on {gethostname()}) has died.", self._lost_code)

@@ -174,4 +174,3 @@ class Liveness:
             for rank, count in zip(others, (c.decode() for c in counts), strict=True):
                 if rank not in self._beats or self._beats[rank][0] != count:
                     self._beats[rank] = (count, now)
-

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import time
 from pathlib import Path
 from socket import gethostname
@@ -72,7 +71,7 @@ class Watchdog:
         It fires, with exit code 1, only if this is not called again for `SLACK` times the limit: some C code holds the
         interpreter's lock, so that no thread of Python runs any more.
         """
-        faulthandler.dump_traceback_later(SLACK * self.limit, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(SLACK * self.limit, exit=True, file=2)
 
     def close(self) -> None:
         """Nobody is watched any more."""

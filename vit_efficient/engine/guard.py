@@ -81,11 +81,11 @@ class Guard(L.Callback):
 
     def watch(self, trainer: L.Trainer) -> None:
         """Begin. To be called just before `trainer.fit`, which may start further processes."""
-        here = trainer.node_rank * trainer.num_devices
-        self._children = Children(trainer.strategy.launcher, here + 1, PEER_LOST)
+        first = trainer.node_rank * trainer.num_devices  # the rank that starts the others of its node
+        self._children = Children(trainer.strategy.launcher, first + 1, PEER_LOST)
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, LightningEnvironment) and trainer.strategy.launcher is None:
-            self._parent = Parent(self._rank, PEER_LOST)
+        if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
+            self._parent = Parent(first, PEER_LOST)
         self._watchdog.mark("the start")
         self._thread.start()
 
@@ -108,7 +108,9 @@ class Guard(L.Callback):
         self._watchdog.mark("the start of training")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._watchdog.mark(f"the end of micro-batch {trainer.fit_loop.total_batch_idx + 1}, step {trainer.global_step}")
+        self._watchdog.mark(
+            f"the end of micro-batch {trainer.fit_loop.total_batch_idx + 1}, step {trainer.global_step}"
+        )
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -132,8 +134,8 @@ class Guard(L.Callback):
     def _leaves_with(self, error: BaseException) -> None:
         if self._failed is not None or self._quiet:
             return
-        if isinstance(error, StopRun | KeyboardInterrupt | SystemExit | GeneratorExit):
-            self._quiet = True  # all ranks agreed on it, or a person wants it
+        if isinstance(error, StopRun) or not isinstance(error, Exception):
+            self._quiet = True  # all ranks agreed on it, or somebody interrupts the process
             return
         if self._liveness is not None and _broken_connection(error):
             self._liveness.raise_alarm()  # a peer's death: the guard's thread is about to know whose
@@ -164,20 +166,22 @@ class Guard(L.Callback):
                 self._finish(verdict)
 
     def _verdict(self) -> Verdict | None:
-        """What the store says is best: the reason. Otherwise how a child ended, or that nothing happens."""
+        """What the store says is best: the reason. Otherwise how a child or parent ended, or that nothing happens."""
         found = self._liveness.verdict() if self._liveness is not None else None
-        child = self._children.verdict() if self._children is not None else None
-        if found is None and child is not None and self._liveness is not None:
+        relative = self._children.verdict() if self._children is not None else None
+        if relative is None and self._parent is not None:
+            relative = self._parent.verdict()
+        if found is None and relative is not None and self._liveness is not None:
             time.sleep(2 * self._liveness.beat)  # it may have left a message there before it ended
             found = self._liveness.verdict()
-        if found is not None or child is not None:
-            return found or child
+        if found is not None or relative is not None:
+            return found or relative
         seconds = self._watchdog.stalled()
         if seconds is not None:
             who = self._liveness.own_name if self._liveness is not None else f"The process (pid {os.getpid()})"
             text = f"{who} made no progress for {seconds:.0f} s; the last was {self._watchdog.last}."
             return Verdict(text, STALLED)
-        return self._parent.verdict() if self._parent is not None else None
+        return None
 
     def _finish(self, verdict: Verdict) -> None:
         text, began = verdict.text, time.monotonic()

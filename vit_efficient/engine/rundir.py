@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint
+from vit_efficient.engine.integrity import newest_whole
+from vit_efficient.engine.lock import LOCK
 from vit_efficient.engine.resume import differences
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.recipe.load import load_recipe
@@ -59,13 +62,27 @@ class RunDir:
         return self.metrics.is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """The newest checkpoint, by its name; whether it can be read is not looked at."""
         return newest_checkpoint(self.checkpoints)
+
+    def whole_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose bytes are as they were written, or None where there is none at all.
+
+        Args:
+            say: is told of each newer one that is damaged.
+
+        Raises:
+            CheckpointError: there are some, and all of them are damaged.
+        """
+        found, refused = newest_whole(self.checkpoints)
+        for line in refused:
+            say(f"{line}; going back to {found}")
+        return found
 
     @property
     def begun(self) -> bool:
         """Whether this is the folder of a run that ended before its first checkpoint: nothing in it can be lost."""
-        own = {RECIPE, ENVIRONMENT, "checkpoints", "tensorboard"}
+        own = {RECIPE, ENVIRONMENT, LOCK, "checkpoints", "tensorboard", "stacks"}
         if not self.recipe.is_file() or {p.name for p in self.path.iterdir()} - own:
             return False
         return self.last_checkpoint() is None
@@ -79,7 +96,9 @@ class RunDir:
         Raises:
             UserError: a run is there already.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())) or (again and self.begun):
+        if not self.path.exists() or (self.path.is_dir() and not {p.name for p in self.path.iterdir()} - {LOCK}):
+            return
+        if again and self.begun:
             return
         raise UserError(
             f"{self.path} already exists, and a run is never overwritten.\n"

@@ -100,9 +100,9 @@ class RunConfig(Config):
     )
     stalled_after: PositiveFloat | Literal["auto"] = Field(
         "auto",
-        description="Seconds without a finished micro-batch, evaluated batch or checkpoint after which the run is taken "
-        "to hang: it writes down where it stands and ends. `auto`: 1800, or, where processes wait for each other, four "
-        "fifths of `strategy.timeout`.",
+        description="Seconds without a finished micro-batch, evaluated batch or checkpoint after which the run is "
+        "taken to hang: it writes down where it stands and ends. `auto`: 1800, or, where processes wait for each "
+        "other, four fifths of `strategy.timeout`.",
     )
 
 
