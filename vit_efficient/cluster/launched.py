@@ -16,7 +16,6 @@ from typing import Any
 
 from vit_efficient.cluster.liveness import Verdict
 
-
 _started: list[subprocess.Popen[bytes]] = []  # by this process: the second run in it has the children of the first
 
 

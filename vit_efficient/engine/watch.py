@@ -13,7 +13,6 @@ from vit_efficient.cli import USER_ERROR
 from vit_efficient.engine.ranks import gather_over_ranks
 from vit_efficient.errors import UserError
 
-
 REMEDY = (
     "Checkpoints are only written of finite losses and weights, so the last one is good. Lower `optim.lr`, "
     "set `optim.clip=1`, or, under fp16, take `quantization.precision=bf16`."
