@@ -58,15 +58,15 @@ class Children:
 
 
 class Parent:
-    """The process that started this one as a further rank. Ask for it early: it is whoever was the parent then.
+    """The process that started this one as a further rank. It may be gone before this one can look for it.
 
     Args:
-        rank: of that process.
+        rank, pid: of that process.
         lost_code: exit code where it is gone.
     """
 
-    def __init__(self, rank: int, lost_code: int) -> None:
-        self._pid, self._rank, self._lost_code = os.getppid(), rank, lost_code
+    def __init__(self, rank: int, pid: int, lost_code: int) -> None:
+        self._rank, self._pid, self._lost_code = rank, pid, lost_code
 
     def verdict(self) -> Verdict | None:
         """Whether that process is gone."""

@@ -33,6 +33,7 @@ TICK = 1.0  # seconds between two looks
 LINGER = 15.0  # seconds that rank 0, which usually holds the store, waits so that the others learn why
 LEAVE_WITHIN = 60.0  # seconds that a process which failed has to get out by itself
 WAIT_FRACTION = 0.8  # of the collective time-out: so the watchdog speaks before torch gives up
+LAUNCHER = "VIT_EFFICIENT_LAUNCHER"  # environment: pid of the rank that started the others of its node
 ALONE = 1800.0  # seconds without progress where no collective time-out says how long is too long
 
 
@@ -63,6 +64,7 @@ class Guard(L.Callback):
         self._liveness: Liveness | None = None
         self._failed: tuple[float, str, int] | None = None
         self._quiet = False
+        self._met = False  # all processes; how long they may look for each other is torch's time-out
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
 
@@ -85,14 +87,18 @@ class Guard(L.Callback):
         self._children = Children(trainer.strategy.launcher, first + 1, PEER_LOST)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
-            self._parent = Parent(first, PEER_LOST)
+            self._parent = Parent(first, int(os.environ[LAUNCHER]), PEER_LOST)
+        else:
+            os.environ[LAUNCHER] = str(os.getpid())  # for the processes that `fit` is about to start
         self._watchdog.mark("the start")
+        self._watchdog.hold_off()
         self._thread.start()
 
     # -- signs of progress ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._watchdog.mark(f"set-up ({stage})")
+        self._met = True
         if trainer.world_size == 1 or self._liveness is not None:
             return
         limit = self._recipe.run.lost_after
@@ -150,7 +156,7 @@ class Guard(L.Callback):
     # -- the thread -------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        ready = 0.0
+        ready = time.monotonic() + self._watchdog.limit / 10
         while not self._end.wait(TICK):
             if time.monotonic() >= ready:
                 self._watchdog.hold_off()
@@ -177,7 +183,7 @@ class Guard(L.Callback):
         if found is not None or relative is not None:
             return found or relative
         seconds = self._watchdog.stalled()
-        if seconds is not None:
+        if seconds is not None and self._met:
             who = self._liveness.own_name if self._liveness is not None else f"The process (pid {os.getpid()})"
             text = f"{who} made no progress for {seconds:.0f} s; the last was {self._watchdog.last}."
             return Verdict(text, STALLED)
