@@ -4,6 +4,8 @@ Exit codes:
     0    done
     1    a fault of ours: a traceback says where
     2    something that the user can mend: a message says what, and no traceback is shown
+    75   another process of the run died or failed; this one ended with it (docs/faults.md)
+    76   the run got nowhere for too long and was ended (docs/faults.md)
     130  interrupted (Ctrl-C)
 """
 
@@ -19,11 +21,14 @@ from vit_efficient.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PEER_LOST = 75
+STALLED = 76
 
 EPILOG = (
     "key=value words override the recipe, in any order and anywhere among the options: optim.lr=1e-4, "
     "protocol=cifar10, attention=flash2, data.workers=null. docs/recipes.md lists every key. "
-    "Exit codes: 0 done, 2 a mistake that you can mend, 130 interrupted, 1 a fault of this program."
+    "Exit codes: 0 done, 2 a mistake that you can mend, 75 another process died, 76 no progress, 130 interrupted, "
+    "1 a fault of this program."
 )
 
 

@@ -12,16 +12,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from vit_efficient.cli import base_parser, run_command
+from vit_efficient.cluster.early import StoppedOutside, stop_at_once
 from vit_efficient.cluster.record import outcome_noted
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine, detect, rank
 from vit_efficient.recipe.compat import caveats, check, resolve
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from vit_efficient.engine.rundir import RunDir
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,24 +68,29 @@ def load(options: argparse.Namespace, machine: Machine, console: Console) -> Rec
     return recipe
 
 
-def place(recipe: Recipe, resume: str) -> tuple[Path, Path | None]:
+def place(recipe: Recipe, resume: str, console: Console) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to go on from (None: a new run).
 
+    A damaged checkpoint is passed over for the one before, which is said; not one that was named.
+
     Raises:
-        CheckpointError: nothing to resume at the path given.
+        CheckpointError: nothing to resume at the path given, or all of it damaged.
     """
     from vit_efficient.engine.rundir import RunDir, find_unfinished, locate, new_path
 
+    def say(line: str) -> None:
+        console.print(f"[bold]{'damaged':>13}[/]  {line}", soft_wrap=True)
+
     if resume not in ("none", "auto"):
         run, checkpoint = locate(resume)
-        return run.path, checkpoint
+        return run.path, checkpoint if Path(resume) == checkpoint else run.whole_checkpoint(say)
     if recipe.run.dir is not None:
         run = RunDir(recipe.run.dir)
-        return run.path, run.last_checkpoint() if resume == "auto" else None
+        return run.path, run.whole_checkpoint(say) if resume == "auto" else None
     if resume == "auto":
         found = find_unfinished(recipe)
         if found is not None:
-            return found.path, found.last_checkpoint()
+            return found.path, found.whole_checkpoint(say)
     return new_path(recipe.variant, recipe.protocol), None
 
 
@@ -97,16 +107,13 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     if problems:
         raise RecipeError(problems)
 
-    from vit_efficient.engine.base import ensure_base, has_adapters
-    from vit_efficient.engine.loop import StopRun
-    from vit_efficient.engine.rundir import RunDir, write_json
-    from vit_efficient.engine.train import train
+    from vit_efficient.engine.lock import RunLock
+    from vit_efficient.engine.rundir import RunDir
     from vit_efficient.measure.table import print_result
-    from vit_efficient.model.distill import find_teacher
 
     for line in caveats(recipe, machine):
         console.print(f"[bold]{'note':>13}[/]  {line}", soft_wrap=True)
-    path, checkpoint = place(recipe, options.resume)
+    path, checkpoint = place(recipe, options.resume, console)
     run = RunDir(path)
     title = f"{recipe.variant} on {recipe.protocol}"
     if run.finished and options.resume != "none":
@@ -120,6 +127,37 @@ def fit(options: argparse.Namespace, console: Console) -> None:
             console.print(f"[bold]{'resume':>13}[/]  nothing to go on from: a new run begins")
     else:
         console.print(f"[bold]{'resume':>13}[/]  {checkpoint}")
+    with RunLock(run.path, held=rank() == 0) as lock:
+        if lock.unsupported is not None:
+            console.print(f"[bold]{'note':>13}[/]  {lock.unsupported}", soft_wrap=True)
+        if checkpoint is None and rank() == 0:  # another job may have been here a moment ago
+            run.check_new(again=options.resume == "auto")
+        train_in(run, checkpoint, recipe, machine, options, console)
+
+
+def train_in(
+    run: RunDir,
+    checkpoint: Path | None,
+    recipe: Recipe,
+    machine: Machine,
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Train in a run's folder, which this process holds, and show what came of it.
+
+    Args:
+        run: the folder.
+        checkpoint: to go on from, or None.
+        recipe, machine, options, console: of the command.
+    """
+    from vit_efficient.engine.base import ensure_base, has_adapters
+    from vit_efficient.engine.loop import StopRun
+    from vit_efficient.engine.rundir import write_json
+    from vit_efficient.engine.train import train
+    from vit_efficient.measure.table import print_result
+    from vit_efficient.model.distill import find_teacher
+
+    title = f"{recipe.variant} on {recipe.protocol}"
     find_teacher(recipe)  # before a base is trained for it
     try:
         base = ensure_base(recipe, machine, console) if has_adapters(recipe) else None
@@ -147,7 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; raises UserError for what the user can mend."""
     options = parser().parse_intermixed_args(argv)
     with outcome_noted():
-        fit(options, Console(quiet=rank() > 0, highlight=False))
+        try:
+            with stop_at_once():
+                fit(options, Console(quiet=rank() > 0, highlight=False))
+        except StoppedOutside as stop:
+            if rank() == 0:
+                print(f"\nStopped by {stop.signal.name}. Nothing had to be saved; `--resume auto` goes on.", flush=True)
+            sys.exit(128 + stop.signal)
 
 
 if __name__ == "__main__":

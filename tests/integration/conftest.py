@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,17 +25,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path, cache: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python -m vit_efficient.COMMAND ...` in an empty folder; what still runs afterwards is killed."""
+def launch(tmp_path: Path, cache: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `python ...` in an empty folder; what still runs afterwards is killed, with all that it started."""
     running: list[subprocess.Popen[str]] = []
 
-    def begin(command: str, *words: str) -> subprocess.Popen[str]:
+    def begin(*words: str) -> subprocess.Popen[str]:
         environment = {
             **os.environ, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "160",
             "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-m", f"vit_efficient.{command}", *words],
+            [sys.executable, *words],
             cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
@@ -42,9 +44,21 @@ def start(tmp_path: Path, cache: Path) -> Callable[..., subprocess.Popen[str]]:
 
     yield begin
     for process in running:
-        if process.poll() is None:
-            process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture
+def start(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `python -m vit_efficient.COMMAND ...`, like `launch`."""
+    return lambda command, *words: launch("-m", f"vit_efficient.{command}", *words)
+
+
+@pytest.fixture
+def start_with(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `fit` with a fault in it: ``start_with("hang:1:14", *words)``; `inject.py` lists them."""
+    return lambda fault, *words: launch(str(Path(__file__).with_name("inject.py")), fault, *words)
 
 
 @pytest.fixture

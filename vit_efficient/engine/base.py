@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from vit_efficient.attention.sdpa import SdpaConfig
+from vit_efficient.engine.lock import RunLock
 from vit_efficient.engine.rundir import ROOT, RunDir
 from vit_efficient.engine.train import train
-from vit_efficient.machine import Machine
+from vit_efficient.machine import Machine, rank
 from vit_efficient.quantization.none import NoneConfig
 from vit_efficient.recipe.schema import CheckpointConfig, Recipe
 
@@ -81,11 +82,12 @@ def ensure_base(recipe: Recipe, machine: Machine, console: Console) -> Base:
     plain = base_recipe(recipe)
     assert plain.run.dir is not None
     run = RunDir(plain.run.dir)
-    checkpoint = run.last_checkpoint()
-    console.rule("the protocol's fp32 base")
-    how = f"goes on from {checkpoint}" if checkpoint else "is trained first, once; later runs find it"
-    console.print(f"{recipe.variant} starts from a trained model; none was given, so the fp32 base {how}.")
-    train(plain, machine, run, console, resume=checkpoint)
+    with RunLock(run.path, held=rank() == 0):
+        checkpoint = run.whole_checkpoint(console.print)
+        console.rule("the protocol's fp32 base")
+        how = f"goes on from {checkpoint}" if checkpoint else "is trained first, once; later runs find it"
+        console.print(f"{recipe.variant} starts from a trained model; none was given, so the fp32 base {how}.")
+        train(plain, machine, run, console, resume=checkpoint)
     console.rule(recipe.variant)
     result = given_base(recipe)
     assert result is not None, "train() has just written it"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from vit_efficient.engine.integrity import damage
 from vit_efficient.errors import CheckpointError
 
 STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
@@ -75,6 +76,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}.")
+    if (reason := damage(path)) is not None:
+        raise CheckpointError(
+            f"Cannot read the checkpoint {path}: {reason}\n"
+            "  It is damaged, or something else than a checkpoint (and never run). Take another one; a run's folder in "
+            "its place (`--resume RUN`) finds the newest that is whole."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # torch reports damage in half a dozen ways, one of them a bare RuntimeError

@@ -20,7 +20,7 @@ from vit_efficient.engine.checkpoint import STEP_FILE
 from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
-from vit_efficient.engine.watch import LossWatch, describe
+from vit_efficient.engine.watch import LossWatch, describe, refuse_non_finite
 from vit_efficient.measure.memory import peak_memory_bytes, restart_peak
 from vit_efficient.model.module import ViTModule
 from vit_efficient.recipe.schema import CheckpointConfig
@@ -172,7 +172,7 @@ class RunLoop(L.Callback):
 
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""
-        self.watch.drain()  # raises rather than save weights that are not numbers
+        refuse_non_finite(self.watch, trainer.lightning_module, trainer.global_step, trainer.global_rank)
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._counted = {
             "wait_seconds": self.clock.wait_seconds + data.wait_seconds,
@@ -185,8 +185,11 @@ class RunLoop(L.Callback):
             _name(path, folder / "last.ckpt")
             if best:
                 _name(path, folder / "best.ckpt")
-            old = sorted((p for p in folder.iterdir() if STEP_FILE.fullmatch(p.name)), key=lambda p: p.name)
-            for path_to_drop in old[: -self.config.keep]:
+            whole = sorted((p for p in folder.iterdir() if STEP_FILE.fullmatch(p.name)), key=lambda p: p.name)
+            until_now = whole[
+                : whole.index(path) + 1
+            ]  # who resumed from an earlier one has later ones, which count not
+            for path_to_drop in until_now[: -self.config.keep]:
                 path_to_drop.unlink(missing_ok=True)
         self._saved_at = self._mark = time.monotonic()
         return path

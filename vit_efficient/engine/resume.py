@@ -14,7 +14,8 @@ from vit_efficient.errors import CheckpointError
 
 # What may differ between a checkpoint and the run that continues it: where and how fast, not what is trained.
 FREE = (
-    "strategy", "checkpoint", "variant", "protocol", "run.dir", "run.log_every", "run.deterministic",
+    "strategy", "checkpoint", "variant", "protocol", "run.dir", "run.log_every", "run.deterministic", "run.lost_after",
+    "run.stalled_after",
     "data.shards", "data.eval_shards", "data.workers", "data.audit", "data.eval_batch_size", "data.on_error",
     "data.max_skipped", "data.remote",
 )  # fmt: skip

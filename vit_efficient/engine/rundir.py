@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vit_efficient.cluster.record import FOLDER as JOB
 from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint
+from vit_efficient.engine.integrity import newest_whole
+from vit_efficient.engine.lock import LOCK
 from vit_efficient.engine.resume import differences
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.recipe.load import load_recipe
@@ -60,8 +63,22 @@ class RunDir:
         return self.metrics.is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """The newest checkpoint, by its name; whether it can be read is not looked at."""
         return newest_checkpoint(self.checkpoints)
+
+    def whole_checkpoint(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose bytes are as they were written, or None where there is none at all.
+
+        Args:
+            say: is told of each newer one that is damaged.
+
+        Raises:
+            CheckpointError: there are some, and all of them are damaged.
+        """
+        found, refused = newest_whole(self.checkpoints)
+        for line in refused:
+            say(f"{line}; going back to {found}")
+        return found
 
     @property
     def begun(self) -> bool:
@@ -69,7 +86,7 @@ class RunDir:
 
         So is the folder of a run that was submitted to Slurm and did not start yet.
         """
-        own = {RECIPE, ENVIRONMENT, "checkpoints", "tensorboard", JOB}
+        own = {RECIPE, ENVIRONMENT, "checkpoints", "tensorboard", "stacks", LOCK, JOB}
         if not (self.recipe.is_file() or (self.path / JOB).is_dir()) or {p.name for p in self.path.iterdir()} - own:
             return False
         return self.last_checkpoint() is None
@@ -83,7 +100,9 @@ class RunDir:
         Raises:
             UserError: a run is there already.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())) or (again and self.begun):
+        if not self.path.exists() or (self.path.is_dir() and not {p.name for p in self.path.iterdir()} - {LOCK}):
+            return
+        if again and self.begun:
             return
         raise UserError(
             f"{self.path} already exists, and a run is never overwritten.\n"

@@ -17,6 +17,7 @@ from vit_efficient.engine.calibration import calibrate_model, needs_calibration,
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.evaluation import evaluate_model, speed_up
+from vit_efficient.engine.guard import Guard
 from vit_efficient.engine.loop import RunLoop
 from vit_efficient.engine.monitor import Monitor
 from vit_efficient.engine.progress import ConsoleProgress
@@ -92,6 +93,20 @@ def train(
         UserError: whatever the user can mend.
         StopRun: asked to stop; the run is saved.
     """
+    with Guard(recipe, run.path, rank()) as guard:
+        return _train(recipe, machine, run, console, guard, base=base, resume=resume)
+
+
+def _train(
+    recipe: Recipe,
+    machine: Machine,
+    run: RunDir,
+    console: Console,
+    guard: Guard,
+    *,
+    base: str | None,
+    resume: Path | None,
+) -> Result:
     quiet()
     plain = recipe.model_dump(mode="json")
     checkpoint = None
@@ -129,7 +144,9 @@ def train(
     callbacks.append(ConsoleProgress(loop, console, recipe.optim.epochs))
     if recipe.data.audit is not None:
         callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run
+    callbacks.append(guard)
     trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks)
+    guard.watch(trainer)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
     module.keep_average()
@@ -140,7 +157,7 @@ def train(
     deployed = load_file(run.model)
     for line in speed_up(deployed.model, recipe):
         console.print(f"[bold]{'shipped':>13}[/]  {line}", soft_wrap=True)
-    figures, device_bytes, _ = evaluate_model(deployed.model, data, transforms, recipe)
+    figures, device_bytes, _ = evaluate_model(deployed.model, data, transforms, recipe, [guard])
     metrics = {
         **{name: figures[name] for name in ("top1", "top5", "f1", "loss", "samples")},
         "epochs": recipe.optim.epochs,

@@ -1,4 +1,4 @@
-"""Notices a loss that is not a number, without making the device wait."""
+"""Notices losses and weights that are not numbers, without making the device wait."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections import deque
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vit_efficient.cli import USER_ERROR
+from vit_efficient.engine.ranks import gather_over_ranks
 from vit_efficient.errors import UserError
+
+REMEDY = (
+    "Checkpoints are only written of finite losses and weights, so the last one is good. Lower `optim.lr`, "
+    "set `optim.clip=1`, or, under fp16, take `quantization.precision=bf16`."
+)
 
 
 class NonFiniteLossError(UserError):
@@ -57,14 +64,51 @@ class LossWatch:
         if math.isfinite(value):
             return
         named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        raise NonFiniteLossError(
-            f"The loss became {value} at step {step + 1}.\n"
-            f"  samples: {named}\n"
-            "  Checkpoints are only written of finite losses, so the last one is good. Lower `optim.lr`, "
-            "set `optim.clip=1`, or, under fp16, take `quantization.precision=bf16`."
-        )
+        raise NonFiniteLossError(f"The loss became {value} at step {step + 1}.\n  samples: {named}\n  {REMEDY}")
 
 
 def describe(batch: dict[str, Any]) -> list[str]:
     """Keys of the samples that count in a batch."""
     return [key for key, weight in zip(batch["key"], batch["weight"].tolist(), strict=True) if weight > 0]
+
+
+def non_finite_weights(module: nn.Module) -> list[str]:
+    """Names of the trained parameters in which something is not a finite number; of sharded ones, in this rank's part.
+
+    A finite loss says that the weights before the step were sound; what the step made of them is in these.
+    """
+    trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    local = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in trained.items()}
+    if not local:
+        return []
+    sound = torch.stack([p.isfinite().all() for p in local.values()]).tolist()  # one wait for the device, for all
+    return [name for name, finite in zip(local, sound, strict=True) if not finite]
+
+
+def refuse_non_finite(watch: LossWatch, module: nn.Module, step: int, rank: int) -> None:
+    """To be called by all ranks before a checkpoint: none is written if any of them has lost its numbers.
+
+    Args:
+        watch: its losses that were not looked at yet are.
+        module: what would be saved.
+        step: optimizer steps done.
+        rank: of this process; rank 0 speaks for all.
+
+    Raises:
+        NonFiniteLossError: on rank 0, saying which rank; the others end with `SystemExit`, in silence.
+    """
+    problem = ""
+    try:
+        watch.drain()
+    except NonFiniteLossError as error:
+        problem = str(error)
+    if not problem and (names := non_finite_weights(module)):
+        named = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        problem = f"Step {step} made weights that are not finite: {named}. They are not saved.\n  {REMEDY}"
+    problems = {number: text for number, text in enumerate(gather_over_ranks(problem)) if text}
+    if not problems:
+        return
+    if rank > 0:
+        raise SystemExit(USER_ERROR)
+    number, text = min(problems.items())
+    raise NonFiniteLossError(f"Rank {number}: {text}" if number else text)

@@ -90,7 +90,9 @@ class CheckpointConfig(Config):
         15.0, description="Save when the last checkpoint is so many minutes old, at the end of a step."
     )
     keep: PositiveInt = Field(
-        1, description="How many of the newest checkpoints to keep; the best one is kept besides."
+        2,
+        description="How many of the newest checkpoints to keep; the best one is kept besides. With 1 there is none to "
+        "go back to if the newest is damaged.",
     )
 
 
@@ -99,6 +101,15 @@ class RunConfig(Config):
     seed: NonNegativeInt = Field(0, description="Decides initial weights, sample order and augmentation.")
     log_every: PositiveInt = Field(10, description="Optimizer steps between two points in TensorBoard.")
     deterministic: bool = Field(False, description="Deterministic GPU algorithms; slower, bit-for-bit repeatable.")
+    lost_after: PositiveFloat = Field(
+        20.0, description="Seconds of silence after which another process of the run is taken to be dead."
+    )
+    stalled_after: PositiveFloat | Literal["auto"] = Field(
+        "auto",
+        description="Seconds without a finished micro-batch, evaluated batch or checkpoint after which the run is "
+        "taken to hang: it writes down where it stands and ends. `auto`: 1800, or, where processes wait for each "
+        "other, four fifths of `strategy.timeout`.",
+    )
 
 
 class Recipe(Config):
