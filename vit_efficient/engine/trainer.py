@@ -11,7 +11,8 @@ import lightning.pytorch as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_efficient.engine.checkpoint import AtomicCheckpointIO
-from vit_efficient.parallel.config import DdpConfig
+from vit_efficient.parallel import config as parallel
+from vit_efficient.parallel.strategies import build_strategy
 from vit_efficient.recipe.schema import Recipe
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -19,11 +20,7 @@ PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 def devices(recipe: Recipe) -> tuple[int, int]:
     """(devices a node, nodes) of a resolved recipe."""
-    strategy = recipe.strategy
-    if isinstance(strategy, DdpConfig):
-        assert isinstance(strategy.devices, int), "resolve() makes the number of devices concrete"
-        return strategy.devices, strategy.nodes
-    return 1, 1
+    return parallel.devices(recipe.strategy)
 
 
 def world_size(recipe: Recipe) -> int:
@@ -71,13 +68,12 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
         callbacks: all that is to happen around the steps; Lightning's own checkpoints and progress bar are off.
     """
     per_node, nodes = devices(recipe)
-    name = "ddp" if isinstance(recipe.strategy, DdpConfig) else "auto"
     logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard") if run_dir is not None else False
     return L.Trainer(
         accelerator=recipe.strategy.accelerator,
         devices=per_node,
         num_nodes=nodes,
-        strategy=name,
+        strategy=build_strategy(recipe.strategy, sharded=recipe.checkpoint.sharded),
         precision=PRECISION[recipe.quantization.precision],  # type: ignore[arg-type]
         max_epochs=recipe.optim.epochs,
         accumulate_grad_batches=accumulate(recipe),

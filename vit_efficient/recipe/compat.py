@@ -7,7 +7,7 @@ from typing import Literal
 
 from vit_efficient.errors import Problem
 from vit_efficient.machine import Machine
-from vit_efficient.parallel.config import AutoConfig, DdpConfig, SingleConfig
+from vit_efficient.parallel.config import AutoConfig, DdpConfig, DistributedConfig, SingleConfig, devices
 from vit_efficient.recipe.schema import Recipe
 
 MAX_WORKERS = 8
@@ -38,7 +38,7 @@ def resolve(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
         common = strategy.model_dump(exclude={"name"})
         strategy = DdpConfig(**common, devices=here) if here > 1 else SingleConfig(**common)
         decided("strategy.name", strategy.name, f"{here} device{'s' * (here > 1)}")
-    elif isinstance(strategy, DdpConfig) and strategy.devices == "auto":
+    elif isinstance(strategy, DistributedConfig) and strategy.devices == "auto":
         strategy = strategy.model_copy(update={"devices": here})
         decided("strategy.devices", here, "one process for each GPU" if on_gpu else "one process on a CPU")
     per_node, nodes = devices(strategy)
@@ -69,11 +69,6 @@ def resolve(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
 
 def _gpus(machine: Machine) -> str:
     return f"{len(machine.gpus) or 'no'} GPU{'s' * (len(machine.gpus) != 1)}"
-
-
-def devices(strategy: object) -> tuple[int, int]:
-    """(devices a node, nodes) of a resolved strategy."""
-    return getattr(strategy, "devices", 1), getattr(strategy, "nodes", 1)
 
 
 def _precision(machine: Machine, on_gpu: bool) -> tuple[str, str]:

@@ -1,0 +1,35 @@
+"""Configuration -> Lightning strategy: the one place that knows them all."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from vit_efficient.parallel.config import DdpConfig, DeepspeedConfig, DistributedConfig, FsdpConfig
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+
+def build_strategy(config: object, *, sharded: bool = False) -> Strategy | str:
+    """What `lightning.pytorch.Trainer` takes as ``strategy``.
+
+    Args:
+        config: a resolved strategy of a recipe.
+        sharded: write checkpoints as folders, every process its part (``checkpoint.sharded``).
+    """
+    if not isinstance(config, DistributedConfig):
+        return "auto"
+    timeout = timedelta(seconds=config.timeout)
+    if isinstance(config, DdpConfig):
+        from lightning.pytorch.strategies import DDPStrategy
+
+        return DDPStrategy(timeout=timeout)
+    if isinstance(config, FsdpConfig):
+        from vit_efficient.parallel.fsdp import FsdpStrategy
+
+        return FsdpStrategy(config, timeout=timeout, sharded=sharded)
+    assert isinstance(config, DeepspeedConfig), "the last of the union"
+    from vit_efficient.parallel.deepspeed import build_deepspeed
+
+    return build_deepspeed(config, timeout=timeout)
