@@ -13,6 +13,7 @@ from vit_efficient.data.device import DeviceTransforms
 from vit_efficient.engine.trainer import build_trainer
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.model.metrics import ClassificationMetrics
+from vit_efficient.parallel.config import replicated
 from vit_efficient.recipe.schema import Recipe
 
 
@@ -56,6 +57,7 @@ def evaluate_model(
     Returns:
         The figures, the bytes of the weights on the device, and that device.
     """
+    recipe = recipe.model_copy(update={"strategy": replicated(recipe.strategy)})
     trainer = build_trainer(recipe, run_dir=None, callbacks=callbacks or [])
     module = Evaluation(model.eval(), transforms, datamodule.num_classes)
     with torch.no_grad():

@@ -31,6 +31,8 @@ from vit_efficient.measure.record import environment
 from vit_efficient.model.build import Built, build_model
 from vit_efficient.model.distill import Teacher, build_teacher
 from vit_efficient.model.module import ViTModule, learning_rate
+from vit_efficient.parallel.fsdp import FsdpStrategy
+from vit_efficient.parallel.full import unshard
 from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.recipe.load import dump_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -133,9 +135,10 @@ def train(
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
     module.keep_average()
-    model = built.model.cpu()
+    if isinstance(trainer.strategy, FsdpStrategy):
+        unshard(built.model)
     if rank() == 0:
-        save_deployed(run.model, model, recipe, data.class_names)
+        save_deployed(run.model, built.model.cpu(), recipe, data.class_names)
     _barrier()
     deployed = load_file(run.model)
     figures, device_bytes, _ = evaluate_model(deployed.model, data, transforms, recipe)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_efficient.engine.checkpoint import AtomicCheckpointIO
+from vit_efficient.model.build import compute_dtype
 from vit_efficient.parallel import config as parallel
 from vit_efficient.parallel.strategies import build_strategy
 from vit_efficient.recipe.schema import Recipe
@@ -27,6 +29,16 @@ def world_size(recipe: Recipe) -> int:
     """Processes of a resolved recipe."""
     per_node, nodes = devices(recipe)
     return per_node * nodes
+
+
+def narrow(recipe: Recipe) -> torch.dtype | None:
+    """The dtype in which the blocks of a sharded model are gathered, for half the traffic; None: each in its own.
+
+    Only plain layers: autocast would round their weights to that dtype anyway. What is quantized in each forward, and
+    learned ranges, must be what the deployed model is made of; the frozen base of adapters is narrow already.
+    """
+    plain = recipe.quantization.name == "none" and recipe.quantization.lora is None
+    return compute_dtype(recipe) if plain and recipe.quantization.precision != "fp32" else None
 
 
 def accumulate(recipe: Recipe) -> int:
@@ -73,7 +85,7 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
         accelerator=recipe.strategy.accelerator,
         devices=per_node,
         num_nodes=nodes,
-        strategy=build_strategy(recipe.strategy, sharded=recipe.checkpoint.sharded),
+        strategy=build_strategy(recipe.strategy, sharded=recipe.checkpoint.sharded, narrow=narrow(recipe)),
         precision=PRECISION[recipe.quantization.precision],  # type: ignore[arg-type]
         max_epochs=recipe.optim.epochs,
         accumulate_grad_batches=accumulate(recipe),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.errors import CheckpointError
+from vit_efficient.parallel.full import copy, local
 
 
 class WeightAverage:
@@ -34,8 +35,8 @@ class WeightAverage:
         """Take in the weights as they are after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        weights = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+        weights = [local(p.detach()).float() for p in self._live.values()]
+        torch._foreach_lerp_([local(a) for a in self._average.values()], weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -51,10 +52,9 @@ class WeightAverage:
         """Put the averaged weights into the model, for good."""
         self._copy(self._average)
 
-    @torch.no_grad()
     def _copy(self, source: dict[str, Tensor]) -> None:
         for name, parameter in self._live.items():
-            parameter.copy_(source[name])
+            copy(parameter, source[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "average": dict(self._average)}
@@ -63,6 +63,5 @@ class WeightAverage:
         if missing := self._average.keys() ^ state["average"].keys():
             raise CheckpointError(f"The moving average of the checkpoint has other weights: {sorted(missing)[:5]}")
         self.steps = state["steps"]
-        with torch.no_grad():
-            for name, tensor in self._average.items():
-                tensor.copy_(state["average"][name])
+        for name, tensor in self._average.items():
+            copy(tensor, state["average"][name])

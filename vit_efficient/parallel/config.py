@@ -85,3 +85,10 @@ def devices(strategy: object) -> tuple[int, int]:
         assert isinstance(strategy.devices, int), "resolve() makes the number of devices concrete"
         return strategy.devices, strategy.nodes
     return 1, 1
+
+
+def replicated(strategy: SingleConfig | DistributedConfig | AutoConfig) -> SingleConfig | DistributedConfig | AutoConfig:
+    """The same processes, each with the whole model: how a deployed model is evaluated after sharded training."""
+    if not isinstance(strategy, DistributedConfig):
+        return strategy
+    return DdpConfig(**strategy.model_dump(include=set(DdpConfig.model_fields) - {"name"}))

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 from vit_efficient.parallel.config import DdpConfig, DeepspeedConfig, DistributedConfig, FsdpConfig
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch.strategies import Strategy
 
 
-def build_strategy(config: object, *, sharded: bool = False) -> Strategy | str:
+def build_strategy(config: object, *, sharded: bool = False, narrow: torch.dtype | None = None) -> Strategy | str:
     """What `lightning.pytorch.Trainer` takes as ``strategy``.
 
     Args:
         config: a resolved strategy of a recipe.
         sharded: write checkpoints as folders, every process its part (``checkpoint.sharded``).
+        narrow: dtype in which a sharded model's blocks may be gathered; None: their own.
     """
     if not isinstance(config, DistributedConfig):
         return "auto"
@@ -28,7 +30,7 @@ def build_strategy(config: object, *, sharded: bool = False) -> Strategy | str:
     if isinstance(config, FsdpConfig):
         from vit_efficient.parallel.fsdp import FsdpStrategy
 
-        return FsdpStrategy(config, timeout=timeout, sharded=sharded)
+        return FsdpStrategy(config, timeout=timeout, sharded=sharded, narrow=narrow)
     assert isinstance(config, DeepspeedConfig), "the last of the union"
     from vit_efficient.parallel.deepspeed import build_deepspeed
 
