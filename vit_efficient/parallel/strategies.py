@@ -5,14 +5,14 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from vit_efficient.parallel.config import DdpConfig, DeepspeedConfig, DistributedConfig, FsdpConfig
+from vit_efficient.parallel.config import DdpConfig, DeepspeedConfig, DistributedConfig, FsdpConfig, SingleConfig
 
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch.strategies import Strategy
 
 
-def build_strategy(config: object, *, sharded: bool = False, narrow: torch.dtype | None = None) -> Strategy | str:
+def build_strategy(config: object, *, sharded: bool = False, narrow: torch.dtype | None = None) -> Strategy:
     """What `lightning.pytorch.Trainer` takes as ``strategy``.
 
     Args:
@@ -21,12 +21,15 @@ def build_strategy(config: object, *, sharded: bool = False, narrow: torch.dtype
         narrow: dtype in which a sharded model's blocks may be gathered; None: their own.
     """
     if not isinstance(config, DistributedConfig):
-        return "auto"
+        from vit_efficient.parallel.plain import SingleStrategy
+
+        assert isinstance(config, SingleConfig), "resolve() makes `auto` concrete"
+        return SingleStrategy("cuda:0" if config.accelerator == "gpu" else "cpu")
     timeout = timedelta(seconds=config.timeout)
     if isinstance(config, DdpConfig):
-        from lightning.pytorch.strategies import DDPStrategy
+        from vit_efficient.parallel.plain import DdpStrategy
 
-        return DDPStrategy(timeout=timeout)
+        return DdpStrategy(timeout=timeout)
     if isinstance(config, FsdpConfig):
         from vit_efficient.parallel.fsdp import FsdpStrategy
 
