@@ -31,8 +31,7 @@ from vit_efficient.measure.record import environment
 from vit_efficient.model.build import Built, build_model
 from vit_efficient.model.distill import Teacher, build_teacher
 from vit_efficient.model.module import ViTModule, learning_rate
-from vit_efficient.parallel.fsdp import FsdpStrategy
-from vit_efficient.parallel.full import unshard
+from vit_efficient.parallel.full import is_sharded, unshard
 from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.recipe.load import dump_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -135,7 +134,7 @@ def train(
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
     module.keep_average()
-    if isinstance(trainer.strategy, FsdpStrategy):
+    if is_sharded(built.model):
         unshard(built.model)
     if rank() == 0:
         save_deployed(run.model, built.model.cpu(), recipe, data.class_names)

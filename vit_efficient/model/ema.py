@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.errors import CheckpointError
-from vit_efficient.parallel.full import copy, local
+from vit_efficient.parallel.full import copy, joined, kept, local, spread
 
 
 class WeightAverage:
@@ -28,20 +28,25 @@ class WeightAverage:
         self.decay = decay
         self.steps = 0
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().clone().float() for name, p in self._live.items()}
+        self._average: dict[str, Tensor] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the parameters as they are; to be called again once a strategy has cut them up."""
+        self._average = {name: kept(p).clone().float() for name, p in self._live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        weights = [local(p.detach()).float() for p in self._live.values()]
+        weights = [local(kept(p)).float() for p in self._live.values()]
         torch._foreach_lerp_([local(a) for a in self._average.values()], weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model holds the averaged weights; afterwards its own, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self._live.items()}
+        own = {name: kept(p).clone() for name, p in self._live.items()}
         self._copy(self._average)
         try:
             yield
@@ -57,11 +62,12 @@ class WeightAverage:
             copy(parameter, source[name])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "average": dict(self._average)}
+        average = {name: joined(a, self._live[name]) for name, a in self._average.items()}
+        return {"steps": self.steps, "average": average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if missing := self._average.keys() ^ state["average"].keys():
             raise CheckpointError(f"The moving average of the checkpoint has other weights: {sorted(missing)[:5]}")
         self.steps = state["steps"]
         for name, tensor in self._average.items():
-            copy(tensor, state["average"][name])
+            copy(tensor, spread(state["average"][name], self._live[name]))

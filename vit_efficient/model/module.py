@@ -200,6 +200,8 @@ class ViTModule(L.LightningModule):
             self.teacher.check_same(checkpoint.get("teacher"))
 
     def on_fit_start(self) -> None:
+        if self.average is not None and not self.average.steps:
+            self.average.restart()
         self._load_average()  # here the optimizer, and with it the average, exists
 
     def _load_average(self) -> None:

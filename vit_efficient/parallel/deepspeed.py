@@ -89,7 +89,9 @@ class ZeroPrecision(DeepSpeedPrecision):
             model.trainer.model.optimizer.override_loss_scale(self.scale.value)  # type: ignore[union-attr]
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def optimizer_step(self, optimizer: Any, model: L.LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Any, model: L.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
         engine: Any = model.trainer.model
         if self.scale is not None and engine.micro_steps % engine.gradient_accumulation_steps() == 0:
@@ -128,6 +130,17 @@ class _InsideEngine(_ForwardRedirection):
             del original_module.__dict__[method_name]
 
 
+def _unhook(part: nn.Module) -> None:
+    """Take ZeRO 3's hooks from a part of the module that has no parameters (transforms, metrics).
+
+    It would have nothing to gather there, but counts calls and wants them equal in all processes, and the first one
+    draws examples for the log.
+    """
+    for module in part.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's strategy, changed as the module's text says.
 
@@ -161,8 +174,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         with warnings.catch_warnings():  # ViTModule's own clipping is for the other strategies
             warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
             super().setup(trainer)
+        for part in self.lightning_module.children():
+            if not any(True for _ in part.parameters()):
+                _unhook(part)
 
-    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> Any:
         assert optimizer is not None, "only what trains is set up"
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -211,16 +229,3 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return DDPStrategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    # -- the end ------------------------------------------------------------------------------------------------------
-
-    def on_train_end(self) -> None:
-        """Give the model back whole, so that it can be written, evaluated or trained again."""
-        super().on_train_end()
-        assert self.lightning_module is not None
-        engine = self.deepspeed_engine
-        parts = zero.is_partitioned
-        whole = any(parts(p) for p in self.lightning_module.parameters())
-        if whole:
-            zero.join(self.lightning_module)
-            engine.optimizer.destroy()  # its hooks, which would gather what is whole

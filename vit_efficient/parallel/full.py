@@ -14,10 +14,26 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vit_efficient.parallel import zero
+
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def kept(parameter: Tensor) -> Tensor:
+    """What a process holds of a parameter between two steps, sharing its memory: a `DTensor` under FSDP2, ZeRO 3's flat
+    part, or the parameter itself."""
+    return zero.part(parameter) if zero.is_partitioned(parameter) else parameter.detach()
+
+
+def joined(values: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor, on rank 0, of what was made of ``kept(like)`` where that is ZeRO 3's; else ``values``."""
+    if not zero.is_partitioned(like):
+        return values
+    full = zero.gather_part(values, like)
+    return full.cpu() if dist.get_rank() == 0 else torch.empty(0)
 
 
 def whole(tensor: DTensor) -> Tensor:
@@ -49,6 +65,8 @@ def spread(full: Tensor, like: Tensor) -> Tensor:
 
     Nothing is sent: each process takes its own part.
     """
+    if zero.is_partitioned(like):
+        return full if full.shape == zero.part(like).shape else zero.part_of(like, full)
     if not isinstance(like, DTensor) or isinstance(full, DTensor):
         return full
     mesh = like.device_mesh
@@ -59,15 +77,24 @@ def spread(full: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def copy(target: Tensor, source: Tensor) -> None:
     """Write a whole or sharded tensor into ``target``, sharded or not, in place."""
-    local(target).copy_(local(spread(source, target)))
+    if zero.is_partitioned(target):
+        zero.write(target, spread(source, target))
+    else:
+        local(target).copy_(local(spread(source, target)))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has only parts of some parameters."""
+    return any(isinstance(p, DTensor) or zero.is_partitioned(p) for p in model.parameters())
 
 
 def unshard(model: nn.Module) -> None:
-    """Make the model that `order.shard` spread a plain one again, in place, its whole parameters in rank 0's memory.
+    """Make the model that `order.shard` or ZeRO 3 spread a plain one again, in place, whole in rank 0's memory.
 
     In the other processes the parameters become empty. A layer whose parameter is more than its numbers (packed weights
     and their scales) is told by its `retie`.
     """
+    zero.join(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):

@@ -11,7 +11,7 @@ functions together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,12 @@ class Piece:
         return tensor.reshape(-1).narrow(0, self.start, self.count)
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO 3 keeps only a part of it here."""
     return getattr(parameter, "ds_tensor", None) is not None
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """Its shape when whole."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -157,16 +157,35 @@ def scatter_optimizer(zero: Any, groups: Groups, saved: dict[str, Any]) -> None:
                 own[key] = value.clone().to(piece.flat.device if beside else "cpu")
 
 
-def gather_parameter(parameter: nn.Parameter) -> Tensor:
-    """A parameter's value, whole; of one that is not partitioned, the parameter itself, detached."""
-    if not is_partitioned(parameter):
-        return parameter.detach()
-    part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-    device = _device()
-    whole = torch.empty(part.numel() * dist.get_world_size(), dtype=part.dtype, device=device)
-    dist.all_gather_into_tensor(whole, part.detach().to(device))
+def part(parameter: Tensor) -> Tensor:
+    """What ZeRO 3 keeps here of a parameter: one dimension, padded at the end of the last process's."""
+    return parameter.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
+
+
+def part_of(parameter: Tensor, whole: Tensor) -> Tensor:
+    """The part that ZeRO 3 would keep here of a tensor as large as the parameter."""
+    own = torch.zeros_like(part(parameter))
+    start = min(own.numel() * dist.get_rank(), whole.numel())
+    here = whole.reshape(-1)[start : start + own.numel()]
+    own[: here.numel()].copy_(here)
+    return own
+
+
+def gather_part(values: Tensor, parameter: Tensor) -> Tensor:
+    """Of what every process has in the form of `part`, the whole in the parameter's shape."""
+    whole = torch.empty(values.numel() * dist.get_world_size(), dtype=values.dtype, device=_device())
+    dist.all_gather_into_tensor(whole, values.to(_device()))
     shape = whole_shape(parameter)
     return whole[: shape.numel()].reshape(shape)
+
+
+def write(parameter: Tensor, values: Tensor) -> None:
+    """Change a parameter's part; what ZeRO 3 holds whole besides, because it is small, follows."""
+    part(parameter).copy_(values)
+    kept: Any = parameter
+    if kept.ds_status.name == "AVAILABLE":
+        kept.partition()
+        kept.all_gather()
 
 
 def gather_state_dict(module: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
@@ -186,36 +205,22 @@ def gather_state_dict(module: nn.Module, *, frozen: bool = True) -> dict[str, Te
         if not frozen and not parameter.requires_grad:
             state.pop(name, None)
             continue
-        whole = gather_parameter(parameter)
+        whole = gather_part(part(parameter), parameter)
         if first:
             state[name] = whole.cpu()
     return state
 
 
-def part_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """What ZeRO 3 keeps here of a tensor as large as the parameter: one dimension, zeros as padding."""
-    part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
-    own = torch.zeros_like(part)
-    start = min(part.numel() * dist.get_rank(), whole.numel())
-    here = whole.reshape(-1)[start : start + part.numel()]
-    own[: here.numel()].copy_(here)
-    return own
+def join(model: nn.Module) -> None:
+    """Make every partitioned parameter whole for good, in the first process's memory, and take ZeRO 3's hooks away.
 
-
-def refresh(parameters: Iterable[nn.Parameter]) -> None:
-    """Make what ZeRO 3 keeps whole, because it is small, follow the partitions after these were written to."""
-    whole: list[Any] = [p for p in parameters if is_partitioned(p) and p.ds_status.name == "AVAILABLE"]  # type: ignore[attr-defined]
-    if whole:
-        whole[0].partition(param_list=whole)
-        whole[0].all_gather(param_list=whole)
-
-
-def join(module: nn.Module) -> None:
-    """Make every partitioned parameter whole for good, on the CPU; nothing can be trained afterwards."""
-    for parameter in module.parameters():
-        if is_partitioned(parameter):
-            whole = gather_parameter(parameter).cpu()
-            kept: Any = parameter
-            kept.data = whole
-            kept.ds_status = type(kept.ds_status).AVAILABLE
-            kept.ds_tensor = None
+    In the other processes these parameters become empty.
+    """
+    cut: list[Any] = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    for optimizer in {getattr(parameter, "_z3_optimizer", None) for parameter in cut} - {None}:
+        optimizer.destroy()
+    for parameter in cut:
+        whole = gather_part(part(parameter), parameter)
+        parameter.data = whole.cpu() if dist.get_rank() == 0 else whole[:0]
+        parameter.ds_status = type(parameter.ds_status).AVAILABLE
+        parameter.ds_tensor = None

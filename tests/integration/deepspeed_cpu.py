@@ -1,0 +1,50 @@
+"""`python deepspeed_cpu.py ...` is `python -m vit_efficient.fit ...` with DeepSpeed on a CPU.
+
+Lightning's strategy refuses CPUs, though DeepSpeed runs on them with gloo. What is replaced is that refusal, the
+recipe's own, and the choice of the device; stages, gradients, states and checkpoints are the real ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import deepspeed.comm.torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import deepspeed as lightning_deepspeed
+
+from vit_efficient import fit
+from vit_efficient.cli import run_command
+from vit_efficient.parallel import deepspeed
+from vit_efficient.recipe import compat
+
+
+class OnCpu(deepspeed.ZeroStrategy):
+    """The real strategy, on CPUs."""
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed asks for a number
+
+
+def nothing(*args: Any) -> list[Any]:
+    """Finds nothing to object to."""
+    return []
+
+
+def main() -> None:
+    """What `fit` does, with the replacements."""
+    deepspeed.ZeroStrategy = OnCpu  # type: ignore[misc]
+    compat._needs_gpus = nothing
+    # A faster all-reduce for CPUs, which a compiler would build at first use.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    lightning_deepspeed._validate_device_index_selection = nothing  # type: ignore[assignment]
+    run_command(fit.main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
