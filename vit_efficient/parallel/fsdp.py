@@ -68,7 +68,9 @@ class FsdpStrategy(ModelParallelStrategy):
     def shard(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
         """Spread a model's parameters over the devices, in place; a second call changes nothing."""
         if not isinstance(model, FSDPModule):
-            order.shard(model, blocks, self.device_mesh, gather=self.narrow, offload=self.config.offload)
+            # A CPU's layer norm does not take weights of another dtype than its input's.
+            narrow = self.narrow if self.root_device.type == "cuda" else None
+            order.shard(model, blocks, self.device_mesh, gather=narrow, offload=self.config.offload)
 
     def model_to_device(self) -> None:
         """Move what is not sharded; sharded parameters are where they belong, offloaded ones on the CPU."""
