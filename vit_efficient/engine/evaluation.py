@@ -60,6 +60,8 @@ def evaluate_model(
     recipe = recipe.model_copy(update={"strategy": replicated(recipe.strategy)})
     trainer = build_trainer(recipe, run_dir=None, callbacks=callbacks or [])
     module = Evaluation(model.eval(), transforms, datamodule.num_classes)
+    # Every process holds the same file's tensors, and gloo cannot send some of them (fp8).
+    module._ddp_params_and_buffers_to_ignore = list(module.state_dict())  # type: ignore[assignment]
     with torch.no_grad():
         trainer.validate(module, datamodule=datamodule, verbose=False)
     return module.figures, module.weight_bytes, module.device_used
