@@ -6,18 +6,17 @@ recipe's own, and the choice of the device; stages, gradients, states and checkp
 
 from __future__ import annotations
 
-import sys
+import importlib
 from typing import Any
 
 import torch
-import deepspeed.comm.torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import deepspeed as lightning_deepspeed
 
 from vit_efficient import fit
 from vit_efficient.cli import run_command
 from vit_efficient.parallel import deepspeed
-from vit_efficient.recipe import compat
+from vit_efficient.recipe import deepspeed as refusals
 
 
 class OnCpu(deepspeed.ZeroStrategy):
@@ -39,12 +38,12 @@ def nothing(*args: Any) -> list[Any]:
 def main() -> None:
     """What `fit` does, with the replacements."""
     deepspeed.ZeroStrategy = OnCpu  # type: ignore[misc]
-    compat._needs_gpus = nothing
-    # A faster all-reduce for CPUs, which a compiler would build at first use.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    refusals.needs_gpus = nothing  # type: ignore[assignment]
+    # An all-reduce in shared memory, which a compiler would build at first use.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     lightning_deepspeed._validate_device_index_selection = nothing  # type: ignore[assignment]
     run_command(fit.main)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

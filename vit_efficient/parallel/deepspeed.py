@@ -60,6 +60,8 @@ def deepspeed_config(config: DeepspeedConfig) -> dict[str, Any]:
         "zero_optimization": section,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too, and needs no compiler
+        "bf16": {"enabled": False},  # else Lightning would turn them on, and DeepSpeed would round the weights
+        "fp16": {"enabled": False},
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed reports speeds by it and nothing else
     }
 
@@ -81,15 +83,18 @@ class ZeroPrecision(DeepSpeedPrecision):
         """Autocast for a step. DeepSpeed switches off any that is on outside of its own forward."""
         if self.precision not in HALVES:
             return nullcontext()
-        return torch.autocast(device.type, HALVES[self.precision])
+        return torch.autocast(device.type, HALVES[self.precision], cache_enabled=False)
 
-    def backward(self, tensor: Tensor, model: L.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: L.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Lightning has divided by the number of accumulated micro-batches; DeepSpeed is not to do it again."""
         if self.scale is not None:
-            model.trainer.model.optimizer.override_loss_scale(self.scale.value)  # type: ignore[union-attr]
+            engine: Any = model.trainer.model
+            engine.optimizer.override_loss_scale(self.scale.value)
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def optimizer_step(
+    def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: L.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         result = super().optimizer_step(optimizer, model, closure, **kwargs)

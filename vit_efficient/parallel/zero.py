@@ -159,7 +159,7 @@ def scatter_optimizer(zero: Any, groups: Groups, saved: dict[str, Any]) -> None:
 
 def part(parameter: Tensor) -> Tensor:
     """What ZeRO 3 keeps here of a parameter: one dimension, padded at the end of the last process's."""
-    return parameter.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
+    return parameter.ds_tensor.detach()  # type: ignore[attr-defined]
 
 
 def part_of(parameter: Tensor, whole: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def join(model: nn.Module) -> None:
     In the other processes these parameters become empty.
     """
     cut: list[Any] = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
-    for optimizer in {getattr(parameter, "_z3_optimizer", None) for parameter in cut} - {None}:
+    for optimizer in {p._z3_optimizer for p in cut if p.requires_grad}:
         optimizer.destroy()
     for parameter in cut:
         whole = gather_part(part(parameter), parameter)

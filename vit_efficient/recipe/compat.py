@@ -7,7 +7,15 @@ from typing import Literal
 
 from vit_efficient.errors import Problem
 from vit_efficient.machine import Machine
-from vit_efficient.parallel.config import AutoConfig, DdpConfig, DistributedConfig, SingleConfig, devices
+from vit_efficient.parallel.config import (
+    AutoConfig,
+    DdpConfig,
+    DistributedConfig,
+    SingleConfig,
+    devices,
+)
+from vit_efficient.recipe.deepspeed import deepspeed_caveats, deepspeed_problems
+from vit_efficient.recipe.fsdp import fsdp_problems
 from vit_efficient.recipe.schema import Recipe
 
 MAX_WORKERS = 8
@@ -92,7 +100,8 @@ def check(recipe: Recipe, machine: Machine, *, chooses_layers: bool = False) -> 
     Knows no model: what depends on it (head width, layers that `keep` matches) is found when it is built.
     """
     recipe, _ = resolve(recipe, machine)
-    problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe), *_combined(recipe)]
+    problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe), *_combined(recipe), *fsdp_problems(recipe)]
+    problems += deepspeed_problems(recipe, machine)
     if getattr(recipe.quantization, "keep", None) == "auto" and not chooses_layers:
         message = "is auto, which `python -m vit_efficient.quantize` decides on images. Name the layers that it found"
         problems.append(Problem("quantization.keep", message, suggestion="[patch_embed, head]"))
@@ -120,6 +129,7 @@ def caveats(recipe: Recipe, machine: Machine) -> list[str]:
         lines.append(
             "torchao's dynamic int8 is slower than bf16: 0.74 times its speed for ViT-L/16 on an H200, compiled"
         )
+    lines += deepspeed_caveats(recipe)
     old = [gpu.name for gpu in machine.gpus if gpu.capability < BF16_FROM]
     if recipe.quantization.name == "int8" and recipe.strategy.accelerator == "gpu" and old:
         lines.append(f"int8 makes a model smaller on a {old[0]}, not faster")
