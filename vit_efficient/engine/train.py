@@ -130,7 +130,7 @@ def train(
     callbacks.append(ConsoleProgress(loop, console, recipe.optim.epochs))
     if recipe.data.audit is not None:
         callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run
-    trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks)
+    trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks, writer=loop.writer)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
     module.keep_average()

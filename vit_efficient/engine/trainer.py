@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from vit_efficient.engine.background import Writer
 from vit_efficient.engine.checkpoint import AtomicCheckpointIO
 from vit_efficient.model.build import compute_dtype
 from vit_efficient.parallel import config as parallel
@@ -71,13 +72,16 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any]) -> L.Trainer:
+def build_trainer(
+    recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any], writer: Writer | None = None
+) -> L.Trainer:
     """A Trainer for a resolved recipe.
 
     Args:
         recipe: its hardware section, precision, clipping and epochs are what matters here.
         run_dir: where TensorBoard's events go; None: nothing is logged.
         callbacks: all that is to happen around the steps; Lightning's own checkpoints and progress bar are off.
+        writer: writes checkpoints; None: at once.
     """
     per_node, nodes = devices(recipe)
     logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard") if run_dir is not None else False
@@ -93,7 +97,7 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
         deterministic=recipe.run.deterministic,
         logger=logger,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(writer)],
         log_every_n_steps=recipe.run.log_every,
         num_sanity_val_steps=0,
         enable_checkpointing=False,

@@ -17,7 +17,6 @@ from vit_efficient.model.metrics import ClassificationMetrics
 from vit_efficient.model.optim import build_optimizer, build_schedule, learned_ranges
 from vit_efficient.model.origin import Origin, check_same_base
 from vit_efficient.parallel.fsdp import FsdpStrategy
-from vit_efficient.parallel.full import gather
 from vit_efficient.recipe.schema import OptimConfig
 
 Batch = dict[str, Any]
@@ -73,6 +72,7 @@ class ViTModule(L.LightningModule):
         steps = optim.epochs * steps_per_epoch
         self.ranges_move_until = steps - round(freeze_ranges * steps)
         self._step = 0
+        self._trained = {name for name, p in self.named_parameters() if p.requires_grad}
         self.strict_loading = not adapters_only
         self.metrics = ClassificationMetrics(num_classes)
         self.average: WeightAverage | None = None
@@ -178,15 +178,17 @@ class ViTModule(L.LightningModule):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
+    def is_saved(self, name: str) -> bool:
+        """Whether a checkpoint holds this parameter or buffer. Asked before anything sharded is gathered."""
+        return not self.adapters_only or name in self._trained
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adapters_only:
-            trained = {name for name, p in self.named_parameters() if p.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if self.is_saved(k)}
             checkpoint["base"] = self.base.state() if self.base is not None else None
         if self.average is not None:
-            state = self.average.state_dict()
-            strategy = self.trainer.strategy
-            checkpoint["average"] = gather(state) if isinstance(strategy, FsdpStrategy) and not strategy.sharded else state
+            average, strategy = self.average.state_dict(), self.trainer.strategy
+            checkpoint["average"] = strategy.assembled(average) if isinstance(strategy, FsdpStrategy) else average
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.state()
 

@@ -79,6 +79,9 @@ StrategyConfig = Annotated[
 ]
 
 
+Concrete = SingleConfig | DdpConfig | FsdpConfig | DeepspeedConfig | AutoConfig
+
+
 def devices(strategy: object) -> tuple[int, int]:
     """(devices a node, nodes) of a resolved strategy."""
     if isinstance(strategy, DistributedConfig):
@@ -87,7 +90,7 @@ def devices(strategy: object) -> tuple[int, int]:
     return 1, 1
 
 
-def replicated(strategy: SingleConfig | DistributedConfig | AutoConfig) -> SingleConfig | DistributedConfig | AutoConfig:
+def replicated(strategy: Concrete) -> Concrete:
     """The same processes, each with the whole model: how a deployed model is evaluated after sharded training."""
     if not isinstance(strategy, DistributedConfig):
         return strategy

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from vit_efficient.errors import CheckpointError
 from vit_efficient.parallel import order
 from vit_efficient.parallel.config import FsdpConfig
+from vit_efficient.parallel.folder import is_folder, read_folder
 from vit_efficient.parallel.full import copy, gather, spread
 from vit_efficient.parallel.named import by_name, by_position, names_of
 
@@ -82,23 +83,31 @@ class FsdpStrategy(ModelParallelStrategy):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All parameters and buffers by name: whole ones on rank 0, or, for a folder, every process its parts."""
-        assert self.lightning_module is not None
-        state = self.lightning_module.state_dict()
-        return state if self.sharded else gather(state)
+        """What a checkpoint holds of the module, by name; a frozen base, say, is not gathered to be left out."""
+        module: Any = self.lightning_module
+        return self.assembled({k: v for k, v in module.state_dict().items() if module.is_saved(k)})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         assert self.lightning_module is not None
-        state = by_name(own.state_dict(), names_of(own, self.lightning_module))
-        return state if self.sharded else gather(state)
+        return self.assembled(by_name(own.state_dict(), names_of(own, self.lightning_module)))
+
+    def assembled(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A part of a checkpoint as it is to be written: gathered, unless every process writes its own."""
+        whole: dict[str, Any] = state if self.sharded else gather(state)
+        return whole
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        path = Path(checkpoint_path)
+        if not is_folder(path):
+            return self.checkpoint_io.load_checkpoint(path)
+        assert self.lightning_module is not None
+        own = dict(self.lightning_module.named_parameters())
+        return read_folder(path, own | {name.removeprefix("model."): tensor for name, tensor in own.items()})
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

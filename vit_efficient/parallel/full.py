@@ -6,7 +6,7 @@ must call them with the same tree, since gathering is a collective operation.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ def unshard(model: nn.Module) -> None:
                 made = nn.Parameter(empty if full is None else full, requires_grad=parameter.requires_grad)
                 setattr(module, name, made)
         if dist.get_rank() == 0 and hasattr(module, "retie"):
-            module.retie()
+            cast(Any, module).retie()
         if isinstance(module, FSDPModule):  # which has no way back of its own
             module.__class__ = type(module).__bases__[1]
             for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
