@@ -89,6 +89,9 @@ def parser() -> Parser:
 
 def consolidate(options: argparse.Namespace, console: Console) -> None:
     """Run `export consolidate`."""
+    from vit_efficient.engine.trainer import quiet
+
+    quiet()  # before the packages are imported that it is about
     from vit_efficient.engine.consolidate import consolidate as write
     from vit_efficient.engine.merging import check_free
     from vit_efficient.measure.units import size

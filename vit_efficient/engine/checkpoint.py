@@ -67,7 +67,7 @@ class AtomicCheckpointIO(CheckpointIO):
         if self.writer.asynchronous:
             self.writer.wait()  # one copy in memory at a time
             if write is _write_folder and self._group is None:
-                self._group = dist.new_group(backend="gloo")  # not the one that training computes with meanwhile
+                self._group = _own_group()
             checkpoint = snapshot(checkpoint)
         self.writer.do(partial(write, Path(path), checkpoint, self._group))
 
@@ -79,6 +79,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_checkpoint(Path(path))
+
+
+def _own_group() -> dist.ProcessGroup:
+    """Processes that agree over this one do not disturb those that train meanwhile."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "every process is in it"
+    return group
 
 
 def _write_file(path: Path, checkpoint: dict[str, Any], group: object) -> None:

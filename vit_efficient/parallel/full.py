@@ -41,7 +41,7 @@ def whole(tensor: DTensor) -> Tensor:
     device = tensor.device_mesh.device_type
     if tensor.device.type != device:  # offloaded: the parts lie in the CPU's memory, and NCCL gathers a GPU's
         tensor = tensor.to(device)  # type: ignore[assignment]
-    return tensor.full_tensor()
+    return tensor.full_tensor().detach()
 
 
 def gather(tree: Any) -> Any:
@@ -51,7 +51,7 @@ def gather(tree: Any) -> Any:
     hold more than the largest.
     """
     if isinstance(tree, DTensor):
-        full = whole(tree.detach())
+        full = whole(tree)
         return full.cpu() if dist.get_rank() == 0 else None
     if isinstance(tree, dict):
         return {key: gather(value) for key, value in tree.items()}

@@ -71,10 +71,11 @@ def shard(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    offloading = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
+    offloading = CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy()
     narrow = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
     for block in blocks:
         block.to(device)  # one at a time: the whole model need not fit; by `to`, since packed weights have scales
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=narrow, offload_policy=offloading)

@@ -1,7 +1,7 @@
 """What FSDP2 does not work with, why, and what to take instead; a part of `recipe.compat`'s table.
 
-Each was tried with two processes. What is not here was tried too, and trains as one process does: float layers, int8 and
-fp8 QAT with dynamic, static and learned ranges, LoRA, nf4, fp4 and LLM.int8 bases with adapters, distillation.
+Each was tried with two processes. What is not here was tried too, and trains as one process does: float layers, int8
+and fp8 QAT with dynamic, static and learned ranges, LoRA, nf4, fp4 and LLM.int8 bases with adapters, distillation.
 """
 
 from __future__ import annotations
