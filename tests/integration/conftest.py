@@ -24,7 +24,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path, cache: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python -m vit_efficient.COMMAND ...` in an empty folder; what still runs afterwards is killed."""
+    """Starts `python -m vit_efficient.COMMAND ...` (or a program by its path) in an empty folder; what still runs
+    afterwards is killed."""
     running: list[subprocess.Popen[str]] = []
 
     def begin(command: str, *words: str) -> subprocess.Popen[str]:
@@ -32,8 +33,9 @@ def start(tmp_path: Path, cache: Path) -> Callable[..., subprocess.Popen[str]]:
             **os.environ, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "160",
             "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
+        program = [command] if command.endswith(".py") else ["-m", f"vit_efficient.{command}"]
         process = subprocess.Popen(
-            [sys.executable, "-m", f"vit_efficient.{command}", *words],
+            [sys.executable, *program, *words],
             cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip

@@ -190,6 +190,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
+    def gradient_norm(self) -> float:
+        """The norm of all gradients of the last step, before clipping. No process has the gradients themselves."""
+        return float(self.deepspeed_engine.get_global_grad_norm() or 0.0)
+
     # -- checkpoints: those of every other strategy -------------------------------------------------------------------
 
     @property
