@@ -84,6 +84,9 @@ def parser() -> Parser:
     weights.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest), or a checkpoint")
     weights.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
     weights.add_argument("--live", action="store_true", help="the weights as trained, not their moving average")
+    weights.add_argument(
+        "--trust", action="store_true", help="let code run that a folder written by DeepSpeed itself may hold"
+    )
     return words
 
 
@@ -97,7 +100,7 @@ def consolidate(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.measure.units import size
 
     check_free(options.out)
-    made = write(options.source, options.out, live=options.live)
+    made = write(options.source, options.out, live=options.live, trust=options.trust)
     kind = "their moving average" if made.averaged else "as trained"
     rows = [
         ("checkpoint", f"{made.path}, step {made.step:,}"),

@@ -13,6 +13,7 @@ from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint, rea
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.errors import CheckpointError
 from vit_efficient.parallel.folder import is_folder
+from vit_efficient.parallel.zero_folder import is_zero_folder, read_zero_folder
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Consolidated:
     base: str | None
 
 
-def consolidate(target: str, out: Path, *, live: bool = False) -> Consolidated:
+def consolidate(target: str, out: Path, *, live: bool = False, trust: bool = False) -> Consolidated:
     """Write the weights of a checkpoint as one file, by timm's names.
 
     Of a run with adapters a checkpoint holds what is trained, adapters and head, and so does the file; `export merge`
@@ -46,10 +47,13 @@ def consolidate(target: str, out: Path, *, live: bool = False) -> Consolidated:
         target: a run's folder (its newest checkpoint), or a checkpoint, file or folder.
         out: the file to write.
         live: take the weights as they were trained, not their moving average.
+        trust: whether code in a folder that DeepSpeed itself wrote may run; no other checkpoint has any.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or there is a file of that name already.
     """
+    if is_zero_folder(Path(target)):
+        return _of_deepspeed(Path(target), out, trust=trust)
     path = _find(Path(target))
     checkpoint = read_checkpoint(path)
     average: dict[str, Any] = {} if live else checkpoint.get("average") or {}
@@ -67,6 +71,15 @@ def consolidate(target: str, out: Path, *, live: bool = False) -> Consolidated:
     atomic_write(out, lambda temporary: save_file(own, temporary, metadata=described))
     source = None if "base" not in checkpoint else (base or {}).get("source", "its initial weights")
     return Consolidated(path, checkpoint["global_step"], len(own), out.stat().st_size, averaged, source)
+
+
+def _of_deepspeed(path: Path, out: Path, *, trust: bool) -> Consolidated:
+    state, step = read_zero_folder(path, trust=trust)
+    prefix = "model." if all(name.startswith("model.") for name in state) else ""  # as a LightningModule has it
+    own = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in state.items()}
+    described = {"step": str(step), "averaged": "false"}
+    atomic_write(out, lambda temporary: save_file(own, temporary, metadata=described))
+    return Consolidated(path, step, len(own), out.stat().st_size, averaged=False, base=None)
 
 
 def _find(path: Path) -> Path:
