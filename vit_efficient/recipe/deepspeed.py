@@ -48,10 +48,17 @@ def _package(machine: Machine) -> list[Problem]:
 
 
 def _options(strategy: DeepspeedConfig) -> list[Problem]:
-    if not strategy.offload_parameters or strategy.stage == 3:
-        return []
-    message = f"is true, and ZeRO {strategy.stage} keeps every parameter on every GPU. Take strategy.stage=3"
-    return [Problem("strategy.offload_parameters", message)]
+    problems = []
+    if strategy.offload_parameters and strategy.stage < 3:
+        message = f"is true, and ZeRO {strategy.stage} keeps every parameter on every GPU. Take strategy.stage=3"
+        problems.append(Problem("strategy.offload_parameters", message))
+    if strategy.compile and strategy.stage == 3:
+        message = (
+            "is true, and ZeRO 3 gathers the weights of each layer in hooks at which the compiler has to stop, so that "
+            "a block falls to pieces. Take strategy.compile=false, strategy.stage=2, or strategy=fsdp"
+        )
+        problems.append(Problem("strategy.compile", message))
+    return problems
 
 
 def _optimizer(recipe: Recipe) -> list[Problem]:

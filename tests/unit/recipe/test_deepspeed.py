@@ -31,6 +31,7 @@ def test_what_works(variant: str, stage: int) -> None:
     [
         (("strategy.accelerator=cpu",), "strategy.name", "strategy=fsdp"),
         (("strategy.offload_parameters=true",), "strategy.offload_parameters", "strategy.stage=3"),
+        (("strategy.compile=true", "strategy.stage=3"), "strategy.compile", "strategy=fsdp"),
         (("optim.name=adamw8bit",), "optim.name", "optim.name=adamw"),
         (RANGES, "quantization.freeze_ranges", "quantization.freeze_ranges=0"),
     ],
