@@ -7,6 +7,7 @@ recipe's own, and the choice of the device; stages, gradients, states and checkp
 from __future__ import annotations
 
 import importlib
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from vit_efficient.recipe import deepspeed as refusals
 
 class OnCpu(deepspeed.ZeroStrategy):
     """The real strategy, on CPUs."""
+
+    def __init__(self, *, config: dict[str, Any], timeout: timedelta) -> None:
+        # In a model this small ZeRO 3 would spread nothing: so only vectors and the like stay whole.
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 500
+        super().__init__(config=config, timeout=timeout)
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+BUCKET = 25_000_000
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -51,7 +52,17 @@ def build_deepspeed(config: DeepspeedConfig, *, timeout: timedelta) -> ZeroStrat
 
 def deepspeed_config(config: DeepspeedConfig) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe; Lightning adds accumulation and clipping from its Trainer."""
-    section: dict[str, Any] = {"stage": config.stage, "contiguous_gradients": True, "overlap_comm": True}
+    section: dict[str, Any] = {
+        "stage": config.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        # Elements. DeepSpeed makes two buffers of the first size, whatever the model's, and its default is 500 million.
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        # Of stage 3: weights are let go once used. By default those that return within a billion elements are kept,
+        # which in most ViTs are all of them.
+        "stage3_max_reuse_distance": 0,
+    }
     if config.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": config.accelerator == "gpu"}
     if config.offload_parameters:
