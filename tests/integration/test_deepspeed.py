@@ -60,14 +60,19 @@ def interrupted(run: Path, name: str) -> Path:
 
 
 def assert_same_states(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Weights, moments and moving average, by name, to float tolerance."""
+    """Weights, moments and moving average, by name, relative to their norm.
+
+    Biases of keys have no gradient but rounding, which AdamW makes steps of: hence not element by element.
+    """
     assert one["average"]["steps"] == other["average"]["steps"]
     pairs = [(one["state_dict"], other["state_dict"]), (one["average"]["average"], other["average"]["average"])]
     (first,), (second,) = one["optimizer_states"], other["optimizer_states"]
     assert first["state"].keys() == second["state"].keys()
     pairs += [(first["state"][name], second["state"][name]) for name in first["state"]]
     for mine, theirs in pairs:
-        torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-5)
+        assert mine.keys() == theirs.keys()
+        for name, tensor in mine.items():
+            assert (theirs[name] - tensor).norm() <= 5e-3 * tensor.norm(), name
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -103,7 +108,13 @@ def test_resumes_under_another_strategy(command: Command, trained: Callable[[str
 def test_qlora(command: Command, small: Sequence[str], trained: Callable[[str, int], Path], stage: int) -> None:
     """Packed bytes come out of partitioning and gathering as they went in; adapters learn what one process's do."""
     base = trained("base", 0)
-    words = ("--recipe", "int4_sdpa", *small, f"quantization.base={base.name}", f"strategy.checkpointing={str(stage == 3).lower()}")
+    words = (
+        "--recipe",
+        "int4_sdpa",
+        *small,
+        f"quantization.base={base.name}",
+        f"strategy.checkpointing={str(stage == 3).lower()}",
+    )
     command("fit", *words, "run.dir=one", "data.workers=0")
     command(PROGRAM, *words, *ZERO, f"strategy.stage={stage}", "run.dir=many")
     one, many = base.parent / "one", base.parent / "many"
