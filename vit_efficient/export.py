@@ -2,6 +2,7 @@
 
 python -m vit_efficient.export merge RUN --out FILE.safetensors     adapters and base become one plain model
 python -m vit_efficient.export onnx MODEL --out FILE.onnx           an integer model for ONNX Runtime, the same codes
+python -m vit_efficient.export consolidate RUN --out FILE.safetensors   the weights of a checkpoint, in parts or not
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ examples:
   export merge RUN --out again_in_4_bits.safetensors --requantize --shards data/in1k/val
   evaluate --checkpoint merged.safetensors
   export onnx runs/int8_sdpa-digits-20260101-120000 --out model.onnx
+  export consolidate runs/fp32_sdpa-imagenet_vit_l16-4242 --out weights.safetensors
 """
 
 
@@ -71,7 +73,46 @@ def parser() -> Parser:
         help="signed: several times as fast where the processor has VNNI or is an ARM, and wrong on others; "
         "default: right on all",
     )
+    weights = what.add_parser(
+        "consolidate",
+        help="the weights of a checkpoint, whichever strategy wrote it, as one file",
+        description="Write the weights of a checkpoint, one file or a folder of parts, as one safetensors file by "
+        "timm's names, which `model.weights=` takes. Their moving average, where there is one, as in evaluation. Of a "
+        "run with adapters: what was trained; `export merge` makes one model of adapters and base.",
+        allow_abbrev=False,
+    )
+    weights.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest), or a checkpoint")
+    weights.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
+    weights.add_argument("--live", action="store_true", help="the weights as trained, not their moving average")
+    weights.add_argument(
+        "--trust", action="store_true", help="let code run that a folder written by DeepSpeed itself may hold"
+    )
     return words
+
+
+def consolidate(options: argparse.Namespace, console: Console) -> None:
+    """Run `export consolidate`."""
+    from vit_efficient.engine.trainer import quiet
+
+    quiet()  # before the packages are imported that it is about
+    from vit_efficient.engine.consolidate import consolidate as write
+    from vit_efficient.engine.merging import check_free
+    from vit_efficient.measure.units import size
+
+    check_free(options.out)
+    made = write(options.source, options.out, live=options.live, trust=options.trust)
+    kind = "their moving average" if made.averaged else "as trained"
+    rows = [
+        ("checkpoint", f"{made.path}, step {made.step:,}"),
+        ("written", f"{options.out}, {size(made.size)}, {made.tensors} tensors, {kind}"),
+    ]
+    if made.base is None:
+        rows.append(("use it", f"model.weights={options.out}"))
+    else:
+        rows.append(("note", f"adapters and what else was trained; the base is {made.base}. For one model of both: "
+                             f"`python -m vit_efficient.export merge {options.source} --out FILE`"))  # fmt: skip
+    for what, text in rows:
+        console.print(f"[bold]{what:>13}[/]  {text}", soft_wrap=True)
 
 
 def onnx(options: argparse.Namespace, console: Console) -> None:
@@ -142,7 +183,7 @@ def merge(options: argparse.Namespace, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; raises UserError for what the user can mend."""
     options = parser().parse_args(argv)
-    {"merge": merge, "onnx": onnx}[options.what](options, Console(highlight=False))
+    {"merge": merge, "onnx": onnx, "consolidate": consolidate}[options.what](options, Console(highlight=False))
 
 
 if __name__ == "__main__":

@@ -51,8 +51,12 @@ def launch(tmp_path: Path, cache: Path) -> Iterator[Callable[..., subprocess.Pop
 
 @pytest.fixture
 def start(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python -m vit_efficient.COMMAND ...`, like `launch`."""
-    return lambda command, *words: launch("-m", f"vit_efficient.{command}", *words)
+    """Starts `python -m vit_efficient.COMMAND ...`, or a program by its path, like `launch`."""
+
+    def begin(command: str, *words: str) -> subprocess.Popen[str]:
+        return launch(command, *words) if command.endswith(".py") else launch("-m", f"vit_efficient.{command}", *words)
+
+    return begin
 
 
 @pytest.fixture

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 
+from vit_efficient.engine.background import Writer, snapshot
 from vit_efficient.engine.integrity import damage
 from vit_efficient.errors import CheckpointError
+from vit_efficient.parallel.folder import has_parts, is_folder, read_folder, write_folder
 
 STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 
@@ -42,21 +47,30 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Single-file checkpoints: atomic to write, and nothing in them can run when they are read."""
+    """Checkpoints that are atomic to write, and in which nothing can run when they are read.
+
+    One file, which one process writes; or, where tensors come sharded, a folder, to which all of them do.
+
+    Args:
+        writer: does the writing, perhaps while training goes on; None: at once.
+    """
+
+    def __init__(self, writer: Writer | None = None) -> None:
+        self.writer = writer or Writer()
+        self._group: dist.ProcessGroup | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the previous checkpoint is untouched.
+        CheckpointError: the disk is full or the folder cannot be written; the previous checkpoint is untouched. An
+            asynchronous writer raises it later.
         """
-        path = Path(path)
-        try:
-            atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
-        except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-            survivor = "The previous checkpoint of this name is untouched." if path.exists() else "Nothing was left."
-            raise CheckpointError(
-                f"Cannot write the checkpoint {path}: {error}. {survivor}\n"
-                "  Free some space (`df -h`), then continue with `--resume auto`."
-            ) from error
+        write = _write_folder if has_parts(checkpoint) else _write_file
+        if self.writer.asynchronous:
+            self.writer.wait()  # one copy in memory at a time
+            if write is _write_folder and self._group is None:
+                self._group = _own_group()
+            checkpoint = snapshot(checkpoint)
+        self.writer.do(partial(write, Path(path), checkpoint, self._group))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -65,15 +79,74 @@ class AtomicCheckpointIO(CheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove_checkpoint(Path(path))
+
+
+def _own_group() -> dist.ProcessGroup:
+    """Processes that agree over this one do not disturb those that train meanwhile."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "every process is in it"
+    return group
+
+
+def _write_file(path: Path, checkpoint: dict[str, Any], group: object) -> None:
+    try:
+        atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        survivor = "The previous checkpoint of this name is untouched." if path.exists() else "Nothing was left."
+        raise CheckpointError(
+            f"Cannot write the checkpoint {path}: {error}. {survivor}\n"
+            "  Free some space (`df -h`), then continue with `--resume auto`."
+        ) from error
+
+
+def _write_folder(path: Path, checkpoint: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    write_folder(path, checkpoint, group)
+
+
+def name_checkpoint(source: Path, name: Path) -> None:
+    """Give a checkpoint a second name, atomically: a hard link, a copy where there are none, or a link to a folder."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    if source.is_dir():
+        os.symlink(source.name, temporary, target_is_directory=True)
+    else:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+    os.replace(temporary, name)
+
+
+def drop_checkpoints(newest: Path, keep: int) -> None:
+    """Delete step checkpoints before ``newest`` but the ``keep`` last, it among them; no folder that a link names.
+
+    Later ones are left: a run that went on from an earlier checkpoint writes them over when it gets there.
+    """
+    folder = newest.parent
+    steps = sorted(p for p in folder.iterdir() if STEP_FILE.fullmatch(p.name) and p.name <= newest.name)
+    named = {p.resolve() for p in folder.iterdir() if p.is_symlink()}
+    for old in steps[:-keep]:
+        if old.resolve() not in named:
+            remove_checkpoint(old)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load one of our own single-file checkpoints on the CPU; code inside it is refused, not run.
+    """Load one of our own checkpoints, file or folder, whole, on the CPU; code inside it is refused, not run.
 
     Raises:
         CheckpointError: missing, damaged, hostile, or not written by this package.
     """
+    if is_folder(path):
+        return read_folder(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}.")
     if (reason := damage(path)) is not None:

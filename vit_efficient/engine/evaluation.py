@@ -13,6 +13,7 @@ from vit_efficient.data.device import DeviceTransforms
 from vit_efficient.engine.trainer import build_trainer
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.model.metrics import ClassificationMetrics
+from vit_efficient.parallel.config import replicated
 from vit_efficient.recipe.schema import Recipe
 
 
@@ -73,8 +74,11 @@ def evaluate_model(
     Returns:
         The figures, the bytes of the weights on the device, and that device.
     """
+    recipe = recipe.model_copy(update={"strategy": replicated(recipe.strategy)})
     trainer = build_trainer(recipe, run_dir=None, callbacks=callbacks or [])
     module = Evaluation(model.eval(), transforms, datamodule.num_classes)
+    # Every process holds the same file's tensors, and gloo cannot send some of them (fp8).
+    module._ddp_params_and_buffers_to_ignore = list(module.state_dict())  # type: ignore[assignment]
     with torch.no_grad():
         trainer.validate(module, datamodule=datamodule, verbose=False)
     return module.figures, module.weight_bytes, module.device_used

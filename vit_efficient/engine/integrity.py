@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vit_efficient.errors import CheckpointError
+from vit_efficient.parallel.folder import is_folder
 
 
 def damage(path: Path) -> str | None:
@@ -58,8 +59,9 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     refused: list[str] = []
     for path in candidates(folder):
         if path.is_dir():
-            return path, refused  # a sharded one; who reads it finds out
-        reason = damage(path)
+            reason = None if is_folder(path) else "a part of the folder is missing"
+        else:
+            reason = damage(path)
         if reason is None:
             return path, refused
         refused.append(f"{path} is damaged: {reason}")

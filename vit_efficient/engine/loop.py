@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,8 @@ import torch.distributed as dist
 
 from vit_efficient.cluster.preempt import StopSignals
 from vit_efficient.data.datamodule import ViTDataModule
-from vit_efficient.engine.checkpoint import STEP_FILE
+from vit_efficient.engine.background import Writer
+from vit_efficient.engine.checkpoint import drop_checkpoints, name_checkpoint
 from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
@@ -65,6 +64,7 @@ class RunLoop(L.Callback):
     def __init__(self, run: RunDir, config: CheckpointConfig, recipe: dict[str, Any], accumulate: int) -> None:
         self.run, self.config, self.recipe, self.accumulate = run, config, recipe, accumulate
         self.signals = StopSignals()
+        self.writer = Writer(asynchronous=config.asynchronous)
         self.watch = LossWatch()
         self.position = Position(0, 0)
         self.clock = Clock()
@@ -95,6 +95,7 @@ class RunLoop(L.Callback):
         self._mark = time.monotonic()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.writer.wait()
         self.peak_memory = peak_memory_bytes(pl_module.device)  # here: afterwards Lightning moves the module to the CPU
 
     def elapsed(self) -> float:
@@ -114,6 +115,7 @@ class RunLoop(L.Callback):
         self.watch.add(pl_module.last_loss, batch["step"], describe(batch))
         if (batch_idx + 1) % self.accumulate and batch_idx + 1 < trainer.num_training_batches:
             return  # inside an optimizer step
+        self.writer.check()
         pl_module.update_average()
         self.clock.images += batch["count"]
         epoch, step = divmod(batch["step"], pl_module.steps_per_epoch)
@@ -168,7 +170,9 @@ class RunLoop(L.Callback):
         return bool(flag.item())
 
     def _stop(self, trainer: L.Trainer, asked: Signals) -> None:
-        raise StopRun(self.save(trainer), asked.name)
+        path = self.save(trainer)
+        self.writer.wait()
+        raise StopRun(path, asked.name)
 
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""
@@ -182,17 +186,17 @@ class RunLoop(L.Callback):
         path = folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            _name(path, folder / "last.ckpt")
-            if best:
-                _name(path, folder / "best.ckpt")
-            whole = sorted((p for p in folder.iterdir() if STEP_FILE.fullmatch(p.name)), key=lambda p: p.name)
-            until_now = whole[
-                : whole.index(path) + 1
-            ]  # who resumed from an earlier one has later ones, which count not
-            for path_to_drop in until_now[: -self.config.keep]:
-                path_to_drop.unlink(missing_ok=True)
+            self.writer.do(lambda: self._settle(path, best))
         self._saved_at = self._mark = time.monotonic()
         return path
+
+    def _settle(self, path: Path, best: bool) -> None:
+        """Name a checkpoint that is written, and drop old ones."""
+        folder = path.parent
+        name_checkpoint(path, folder / "last.ckpt")
+        if best:
+            name_checkpoint(path, folder / "best.ckpt")
+        drop_checkpoints(path, self.config.keep)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         clock = {**self.clock.__dict__, "seconds": self.elapsed(), **self._counted}
@@ -214,14 +218,3 @@ class RunLoop(L.Callback):
         self.best, self.history = dict(own["best"]), list(own["history"])
         micro = pl_module.steps_per_epoch * self.accumulate
         write_loops(checkpoint["loops"], self.position, pl_module.steps_per_epoch, self.accumulate, micro)
-
-
-def _name(source: Path, name: Path) -> None:
-    """Give a checkpoint a second name, atomically; a copy where the file system has no hard links."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, name)

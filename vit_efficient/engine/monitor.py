@@ -14,6 +14,7 @@ from vit_efficient.engine.loop import RunLoop
 from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.measure.memory import peak_memory_bytes
 from vit_efficient.model.module import ViTModule
+from vit_efficient.parallel.deepspeed import ZeroStrategy
 
 
 class Monitor(L.Callback):
@@ -48,7 +49,9 @@ class Monitor(L.Callback):
         return (trainer.global_step + 1) % self.every == 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if self._log_next(trainer):  # after unscaling, before clipping
+        if self._log_next(trainer) and not isinstance(
+            trainer.strategy, ZeroStrategy
+        ):  # after unscaling, before clipping
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
 
@@ -71,6 +74,8 @@ class Monitor(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         skips = data.config.on_error == "skip"
         skipped = self.loop.clock.skipped + sum_over_ranks(data.skipped) if skips else 0
+        if isinstance(trainer.strategy, ZeroStrategy):
+            self.gradient_norm = trainer.strategy.gradient_norm()
         if writer is None:
             return
         assert pl_module.last_loss is not None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vit_efficient.cluster.record import FOLDER as JOB
-from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint
+from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint, remove_checkpoint
 from vit_efficient.engine.integrity import newest_whole
 from vit_efficient.engine.lock import LOCK
 from vit_efficient.engine.resume import differences
 from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.parallel.folder import is_folder
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
 
@@ -118,7 +119,7 @@ class RunDir:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for half in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-                half.unlink(missing_ok=True)
+                remove_checkpoint(half)
         except OSError as error:
             raise UserError(f"Cannot make the run folder {self.path}: {error}. Set `run.dir` to another.") from error
 
@@ -156,7 +157,7 @@ def locate(target: str) -> tuple[RunDir, Path]:
         CheckpointError: nothing there, or nothing to resume in it.
     """
     path = Path(target)
-    if path.is_file():
+    if path.is_file() or is_folder(path):
         if path.parent.name != "checkpoints":
             raise CheckpointError(
                 f"{path} does not lie in a run's `checkpoints` folder, so the rest of its run is missing. "

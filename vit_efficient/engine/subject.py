@@ -21,6 +21,7 @@ from vit_efficient.engine.rundir import MODEL, RunDir
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.model.build import build_model, compute_dtype
 from vit_efficient.model.origin import check_same_base
+from vit_efficient.parallel.folder import is_folder
 from vit_efficient.quantization.deploy import deployed_state
 from vit_efficient.recipe.schema import Recipe
 
@@ -47,13 +48,13 @@ def find(target: str, word: str = "--checkpoint") -> tuple[Path, Path | None]:
         CheckpointError: there is nothing to evaluate at that path.
     """
     path = Path(target)
-    if path.is_dir():
+    if path.is_dir() and not is_folder(path):
         run = RunDir(path)
         found = run.model if run.finished and run.model.is_file() else run.last_checkpoint()
         if found is None:
             raise CheckpointError(f"{word} {target}: neither {MODEL} nor a checkpoint is in that folder.")
         path = found
-    elif not path.is_file():
+    elif not path.exists():
         raise CheckpointError(f"{word} {target}: there is no such file or run folder.")
     elif path.suffix == ".safetensors":
         return path, path

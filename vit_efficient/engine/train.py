@@ -32,6 +32,7 @@ from vit_efficient.measure.record import environment
 from vit_efficient.model.build import Built, build_model
 from vit_efficient.model.distill import Teacher, build_teacher
 from vit_efficient.model.module import ViTModule, learning_rate
+from vit_efficient.parallel.full import is_sharded, unshard
 from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.recipe.load import dump_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -145,14 +146,15 @@ def _train(
     if recipe.data.audit is not None:
         callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run
     callbacks.append(guard)
-    trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks)
+    trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks, writer=loop.writer)
     guard.watch(trainer)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
     module.keep_average()
-    model = built.model.cpu()
+    if is_sharded(built.model):
+        unshard(built.model)
     if rank() == 0:
-        save_deployed(run.model, model, recipe, data.class_names)
+        save_deployed(run.model, built.model.cpu(), recipe, data.class_names)
     _barrier()
     deployed = load_file(run.model)
     for line in speed_up(deployed.model, recipe):

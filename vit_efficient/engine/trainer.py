@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_efficient.cluster.environment import cluster_environment
+from vit_efficient.engine.background import Writer
 from vit_efficient.engine.checkpoint import AtomicCheckpointIO
 from vit_efficient.machine import detect_launch, sees_one_gpu
-from vit_efficient.parallel.config import DdpConfig
+from vit_efficient.model.build import compute_dtype
+from vit_efficient.parallel import config as parallel
+from vit_efficient.parallel.strategies import build_strategy
 from vit_efficient.recipe.schema import Recipe
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -21,17 +25,23 @@ PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 def devices(recipe: Recipe) -> tuple[int, int]:
     """(devices a node, nodes) of a resolved recipe."""
-    strategy = recipe.strategy
-    if isinstance(strategy, DdpConfig):
-        assert isinstance(strategy.devices, int), "resolve() makes the number of devices concrete"
-        return strategy.devices, strategy.nodes
-    return 1, 1
+    return parallel.devices(recipe.strategy)
 
 
 def world_size(recipe: Recipe) -> int:
     """Processes of a resolved recipe."""
     per_node, nodes = devices(recipe)
     return per_node * nodes
+
+
+def narrow(recipe: Recipe) -> torch.dtype | None:
+    """The dtype in which the blocks of a sharded model are gathered, for half the traffic; None: each in its own.
+
+    Only plain layers: autocast would round their weights to that dtype anyway. What is quantized in each forward, and
+    learned ranges, must be what the deployed model is made of; the frozen base of adapters is narrow already.
+    """
+    plain = recipe.quantization.name == "none" and recipe.quantization.lora is None
+    return compute_dtype(recipe) if plain and recipe.quantization.precision != "fp32" else None
 
 
 def accumulate(recipe: Recipe) -> int:
@@ -64,16 +74,18 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any]) -> L.Trainer:
+def build_trainer(
+    recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any], writer: Writer | None = None
+) -> L.Trainer:
     """A Trainer for a resolved recipe.
 
     Args:
         recipe: its hardware section, precision, clipping and epochs are what matters here.
         run_dir: where TensorBoard's events go; None: nothing is logged.
         callbacks: all that is to happen around the steps; Lightning's own checkpoints and progress bar are off.
+        writer: writes checkpoints; None: at once.
     """
     per_node, nodes = devices(recipe)
-    name = "ddp" if isinstance(recipe.strategy, DdpConfig) else "auto"
     logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard") if run_dir is not None else False
     launch = detect_launch()
     bound = recipe.strategy.accelerator == "gpu" and sees_one_gpu(launch)
@@ -82,7 +94,7 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
         accelerator=recipe.strategy.accelerator,
         devices=1 if bound else per_node,
         num_nodes=nodes,
-        strategy=name,
+        strategy=build_strategy(recipe.strategy, sharded=recipe.checkpoint.sharded, narrow=narrow(recipe)),
         precision=PRECISION[recipe.quantization.precision],  # type: ignore[arg-type]
         max_epochs=recipe.optim.epochs,
         accumulate_grad_batches=accumulate(recipe),
@@ -90,7 +102,7 @@ def build_trainer(recipe: Recipe, *, run_dir: Path | None, callbacks: list[Any])
         deterministic=recipe.run.deterministic,
         logger=logger,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(), *([environment] if environment is not None else [])],
+        plugins=[AtomicCheckpointIO(writer), *([environment] if environment is not None else [])],
         log_every_n_steps=recipe.run.log_every,
         num_sanity_val_steps=0,
         enable_checkpointing=False,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.errors import CheckpointError
+from vit_efficient.parallel.full import copy, joined, kept, local, spread
 
 
 class WeightAverage:
@@ -27,20 +28,25 @@ class WeightAverage:
         self.decay = decay
         self.steps = 0
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().clone().float() for name, p in self._live.items()}
+        self._average: dict[str, Tensor] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the parameters as they are; to be called again once a strategy has cut them up."""
+        self._average = {name: kept(p).clone().float() for name, p in self._live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        weights = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+        weights = [local(kept(p)).float() for p in self._live.values()]
+        torch._foreach_lerp_([local(a) for a in self._average.values()], weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model holds the averaged weights; afterwards its own, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self._live.items()}
+        own = {name: kept(p).clone() for name, p in self._live.items()}
         self._copy(self._average)
         try:
             yield
@@ -51,18 +57,17 @@ class WeightAverage:
         """Put the averaged weights into the model, for good."""
         self._copy(self._average)
 
-    @torch.no_grad()
     def _copy(self, source: dict[str, Tensor]) -> None:
         for name, parameter in self._live.items():
-            parameter.copy_(source[name])
+            copy(parameter, source[name])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "average": dict(self._average)}
+        average = {name: joined(a, self._live[name]) for name, a in self._average.items()}
+        return {"steps": self.steps, "average": average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if missing := self._average.keys() ^ state["average"].keys():
             raise CheckpointError(f"The moving average of the checkpoint has other weights: {sorted(missing)[:5]}")
         self.steps = state["steps"]
-        with torch.no_grad():
-            for name, tensor in self._average.items():
-                tensor.copy_(state["average"][name])
+        for name, tensor in self._average.items():
+            copy(tensor, spread(state["average"][name], self._live[name]))

@@ -16,6 +16,7 @@ from vit_efficient.model.ema import WeightAverage
 from vit_efficient.model.metrics import ClassificationMetrics
 from vit_efficient.model.optim import build_optimizer, build_schedule, learned_ranges
 from vit_efficient.model.origin import Origin, check_same_base
+from vit_efficient.parallel.fsdp import FsdpStrategy
 from vit_efficient.recipe.schema import OptimConfig
 
 Batch = dict[str, Any]
@@ -71,6 +72,7 @@ class ViTModule(L.LightningModule):
         steps = optim.epochs * steps_per_epoch
         self.ranges_move_until = steps - round(freeze_ranges * steps)
         self._step = 0
+        self._trained = {name for name, p in self.named_parameters() if p.requires_grad}
         self.strict_loading = not adapters_only
         self.metrics = ClassificationMetrics(num_classes)
         self.average: WeightAverage | None = None
@@ -78,6 +80,14 @@ class ViTModule(L.LightningModule):
         self.teacher = teacher
         self.last_loss: Tensor | None = None
         self.last_parts: dict[str, Tensor] = {}
+
+    # -- sharding ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Spread the model over the devices, where the strategy does that. Lightning calls it once processes meet."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FsdpStrategy):
+            strategy.shard(self.model, list(self.model.blocks))  # type: ignore[arg-type]
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -168,25 +178,35 @@ class ViTModule(L.LightningModule):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
+    def is_saved(self, name: str) -> bool:
+        """Whether a checkpoint holds this parameter or buffer. Asked before anything sharded is gathered."""
+        return not self.adapters_only or name in self._trained
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adapters_only:
-            trained = {name for name, p in self.named_parameters() if p.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if self.is_saved(k)}
             checkpoint["base"] = self.base.state() if self.base is not None else None
         if self.average is not None:
-            checkpoint["average"] = self.average.state_dict()
+            average, strategy = self.average.state_dict(), self.trainer.strategy
+            checkpoint["average"] = strategy.assembled(average) if isinstance(strategy, FsdpStrategy) else average
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._average_state = checkpoint.get("average")
+        if self.average is not None:  # sharded models are restored after the optimizer is made
+            self._load_average()
         if self.adapters_only:
             check_same_base(checkpoint.get("base"), self.base, "The checkpoint")
         if self.teacher is not None:
             self.teacher.check_same(checkpoint.get("teacher"))
 
     def on_fit_start(self) -> None:
-        # Here the optimizer, and with it the average, exists.
+        if self.average is not None and not self.average.steps:
+            self.average.restart()
+        self._load_average()  # here the optimizer, and with it the average, exists
+
+    def _load_average(self) -> None:
         state = getattr(self, "_average_state", None)
         if self.average is not None and state is not None:
             self.average.load_state_dict(state)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vit_efficient.errors import CheckpointError
 from vit_efficient.model.hub import fetch
+from vit_efficient.parallel.folder import is_folder
 from vit_efficient.quantization.deploy import FORMAT, VERSION, digest
 from vit_efficient.quantization.dequantize import float_state
 
@@ -67,6 +68,8 @@ def locate(spec: str, *, key: str = "model.weights") -> Path:
     path = Path(spec).expanduser()
     if path.is_file():
         return path
+    if is_folder(path):
+        raise _in_parts(path, key)
     if not path.is_dir():
         raise CheckpointError(
             f"`{key}` is {spec!r}, and there is no such file or folder. "
@@ -78,9 +81,18 @@ def locate(spec: str, *, key: str = "model.weights") -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+        if is_folder(candidate):
+            raise _in_parts(candidate, key)
     raise CheckpointError(
         f"`{key}` is the folder {spec}, and it holds neither model.safetensors nor a checkpoint in "
         "checkpoints/. Give a run's folder or a weight file."
+    )
+
+
+def _in_parts(path: Path, key: str) -> CheckpointError:
+    return CheckpointError(
+        f"`{key}` is {path}, a checkpoint in parts. Make one file of it: "
+        f"`python -m vit_efficient.export consolidate {path} --out weights.safetensors`."
     )
 
 

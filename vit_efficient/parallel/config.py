@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from vit_efficient.config import Config
 
@@ -27,12 +27,45 @@ class SingleConfig(_Strategy):
     name: Literal["single"] = "single"
 
 
-class DdpConfig(_Strategy):
+class DistributedConfig(_Strategy):
+    """What all strategies of several processes have in common: how many there are, and how long they wait."""
+
+    devices: PositiveInt | Literal["auto"] = Field("auto", description="Devices (processes) on each node.")
+    nodes: PositiveInt = Field(1, description="Number of nodes.")
+    timeout: PositiveFloat = Field(
+        600.0,
+        description="Seconds that a process waits for the others in a collective operation before the run fails. It "
+        "must cover the slowest thing that one process does alone: calibrating, or writing a checkpoint.",
+    )
+
+
+class DdpConfig(DistributedConfig):
     """DistributedDataParallel: one process a device, parameters replicated."""
 
     name: Literal["ddp"] = "ddp"
-    devices: PositiveInt | Literal["auto"] = Field("auto", description="Devices (processes) on each node.")
-    nodes: PositiveInt = Field(1, description="Number of nodes.")
+
+
+class FsdpConfig(DistributedConfig):
+    """FSDP2: parameters, gradients and optimizer states spread over the devices, gathered block by block."""
+
+    name: Literal["fsdp"] = "fsdp"
+    shard: Literal["full", "hybrid"] = Field(
+        "full",
+        description="`full`: over all devices. `hybrid`: over those of a node, with a copy on each node, so that only "
+        "gradients cross between nodes.",
+    )
+    offload: bool = Field(
+        False, description="Keep parameters, gradients and optimizer states in the CPU's memory, and step there."
+    )
+
+
+class DeepspeedConfig(DistributedConfig):
+    """DeepSpeed ZeRO: optimizer states (1), gradients too (2), parameters too (3) spread over the devices."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[1, 2, 3] = Field(2, description="What is spread: optimizer states, + gradients, + parameters.")
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in the CPU's memory, and step there.")
+    offload_parameters: bool = Field(False, description="Keep parameters in the CPU's memory; `stage: 3` only.")
 
 
 class AutoConfig(_Strategy):
@@ -41,4 +74,24 @@ class AutoConfig(_Strategy):
     name: Literal["auto"] = "auto"
 
 
-StrategyConfig = Annotated[SingleConfig | DdpConfig | AutoConfig, Field(discriminator="name")]
+StrategyConfig = Annotated[
+    SingleConfig | DdpConfig | FsdpConfig | DeepspeedConfig | AutoConfig, Field(discriminator="name")
+]
+
+
+Concrete = SingleConfig | DdpConfig | FsdpConfig | DeepspeedConfig | AutoConfig
+
+
+def devices(strategy: object) -> tuple[int, int]:
+    """(devices a node, nodes) of a resolved strategy."""
+    if isinstance(strategy, DistributedConfig):
+        assert isinstance(strategy.devices, int), "resolve() makes the number of devices concrete"
+        return strategy.devices, strategy.nodes
+    return 1, 1
+
+
+def replicated(strategy: Concrete) -> Concrete:
+    """The same processes, each with the whole model: how a deployed model is evaluated after sharded training."""
+    if not isinstance(strategy, DistributedConfig):
+        return strategy
+    return DdpConfig(**strategy.model_dump(include=set(DdpConfig.model_fields) - {"name"}))

@@ -85,8 +85,13 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
         self.weight.CB, self.weight.SCB = None, self.SCB
         self.state.SCB = None
 
+    def retie(self) -> None:
+        """Make the codes bitsandbytes' own kind of parameter again, after something put a plain one there."""
+        self._hold(self.weight.data, self.SCB)
+
     def _scales(self) -> Tensor:
-        if self.weight.SCB is not self.SCB:
+        # Gathered under FSDP2, the weight is a plain parameter of the same codes, with nothing tied to it.
+        if getattr(self.weight, "SCB", self.SCB) is not self.SCB:
             raise UserError(
                 "The int8 weight of a layer was replaced without its scales, as peft does when it merges adapters "
                 "into the layer itself. Merge with `python -m vit_efficient.export merge`."

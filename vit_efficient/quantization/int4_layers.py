@@ -78,7 +78,14 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        y = bnb.matmul_4bit(x.to(self.compute_dtype), self.weight, bias=bias, quant_state=self.quant_state)
+        return y.to(x.dtype)
+
+    def retie(self) -> None:
+        """Make the packed weight bitsandbytes' own kind of parameter again, after something put a plain one there."""
+        self.quant_state.to(self.weight.device)
+        self._hold(self.weight.data, self.quant_state)
 
     @property
     def deployed(self) -> Literal["linear", "patches"]:

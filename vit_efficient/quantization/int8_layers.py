@@ -65,7 +65,7 @@ class TrainableInt8(IntegerLayer, Calibratable):
         self.weight_scale = None
         self.log_weight_scale = nn.Parameter(scale.log())
         if self.input_scale is not None:
-            self.log_input_scale = nn.Parameter(self.input_scale.log())
+            self.log_input_scale = nn.Parameter(self.input_scale.log().reshape(1))  # FSDP2 shards no scalars
             self.input_scale = None
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
@@ -87,7 +87,7 @@ class TrainableInt8(IntegerLayer, Calibratable):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def current_input_scale(self) -> Tensor | None:
-        return self.input_scale if self.log_input_scale is None else self.log_input_scale.exp()
+        return self.input_scale if self.log_input_scale is None else self.log_input_scale.exp().squeeze()
 
     def current_weight_scale(self) -> Tensor | None:
         """The weight's given or learned steps."""

@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 from vit_efficient.errors import Problem
 from vit_efficient.machine import Launch, Machine
-from vit_efficient.parallel.config import AutoConfig, DdpConfig, SingleConfig
+from vit_efficient.parallel.config import (
+    AutoConfig,
+    DdpConfig,
+    DistributedConfig,
+    SingleConfig,
+    devices,
+)
+from vit_efficient.recipe.deepspeed import deepspeed_caveats, deepspeed_problems
+from vit_efficient.recipe.fsdp import fsdp_problems
 from vit_efficient.recipe.schema import Recipe
 
 MAX_WORKERS = 8
@@ -42,7 +50,7 @@ def resolve(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
         strategy = DdpConfig(**common, devices=here, nodes=nodes) if several else SingleConfig(**common)
         why = f"{here} device{'s' * (here > 1)}" if nodes == 1 else f"{nodes} nodes x {here} devices"
         decided("strategy.name", strategy.name, why)
-    elif isinstance(strategy, DdpConfig) and strategy.devices == "auto":
+    elif isinstance(strategy, DistributedConfig) and strategy.devices == "auto":
         strategy = strategy.model_copy(update={"devices": here})
         why = "one process for each GPU" if on_gpu else "one process on a CPU"
         decided("strategy.devices", here, f"as {machine.launch.by} started them" if machine.launch else why)
@@ -79,11 +87,6 @@ def _gpus(machine: Machine) -> str:
     return f"{machine.gpus_on_node or 'no'} GPU{'s' * (machine.gpus_on_node != 1)}"
 
 
-def devices(strategy: object) -> tuple[int, int]:
-    """(devices a node, nodes) of a resolved strategy."""
-    return getattr(strategy, "devices", 1), getattr(strategy, "nodes", 1)
-
-
 def _precision(machine: Machine, on_gpu: bool) -> tuple[str, str]:
     if not on_gpu:
         return "fp32", "on a CPU"
@@ -107,6 +110,7 @@ def check(recipe: Recipe, machine: Machine, *, chooses_layers: bool = False, tra
     """
     recipe, _ = resolve(recipe, machine)
     problems = [*_devices(recipe, machine), *_batch(recipe), *_data(recipe), *_combined(recipe)]
+    problems += [*fsdp_problems(recipe), *deepspeed_problems(recipe, machine)]
     if trains and (reason := _untrainable(recipe)):
         problems.append(Problem("quantization", reason))
     if getattr(recipe.quantization, "keep", None) == "auto" and not chooses_layers:
@@ -136,6 +140,7 @@ def caveats(recipe: Recipe, machine: Machine) -> list[str]:
         lines.append(
             "torchao's dynamic int8 is slower than bf16: 0.74 times its speed for ViT-L/16 on an H200, compiled"
         )
+    lines += deepspeed_caveats(recipe)
     old = [gpu.name for gpu in machine.gpus if gpu.capability < BF16_FROM]
     if recipe.quantization.name == "int8" and recipe.strategy.accelerator == "gpu" and old:
         lines.append(f"int8 makes a model smaller on a {old[0]}, not faster")

@@ -94,6 +94,14 @@ class CheckpointConfig(Config):
         description="How many of the newest checkpoints to keep; the best one is kept besides. With 1 there is none to "
         "go back to if the newest is damaged.",
     )
+    sharded: bool = Field(
+        False,
+        description="Write a folder, each process its own part, in place of one file that process 0 gathers; "
+        "`strategy=fsdp` only.",
+    )
+    asynchronous: bool = Field(
+        False, description="Copy the state to the CPU's memory, and write it while training goes on."
+    )
 
 
 class RunConfig(Config):

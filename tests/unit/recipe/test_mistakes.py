@@ -74,7 +74,7 @@ def test_a_key_of_another_member() -> None:
     [
         ("attention=flsh2", "attention.name", "unknown attention backend 'flsh2'", "sdpa, flash2", "flash2"),
         ("quantization=int9", "quantization.name", "unknown quantization backend 'int9'", "none, int8, int4", "int8"),
-        ("strategy=dp", "strategy.name", "unknown strategy 'dp'", "single, ddp, auto", "ddp"),
+        ("strategy=dp", "strategy.name", "unknown strategy 'dp'", "single, ddp, fsdp, deepspeed, auto", "ddp"),
         ("optim.epochs=abc", "optim.epochs", "must be a whole number of at least 1, got 'abc'", "", ""),
         ("optim.epochs=0", "optim.epochs", "must be a whole number of at least 1, got 0", "", ""),
         ("optim.epochs=1e2", "optim.epochs", "must be a whole number of at least 1, got 100.0", "", "100"),

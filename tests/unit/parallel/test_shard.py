@@ -1,0 +1,119 @@
+"""Sharding in one process: what it does to a model, and that the model comes back."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from vit_efficient.parallel.full import copy as write
+from vit_efficient.parallel.full import gather, local, spread, unshard
+from vit_efficient.parallel.order import prepare_blocks, shard
+
+
+class Model(nn.Module):
+    """Two blocks between two layers of the root's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("shift", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return cast(Tensor, self.head(x)) + self.shift
+
+
+@pytest.fixture
+def pair() -> tuple[Model, Model]:
+    torch.manual_seed(0)
+    model = Model()
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("checkpointing", "compile"), [(False, False), (True, False), (True, True)])
+def test_order_changes_neither_names_nor_answers(
+    pair: tuple[Model, Model], mesh: DeviceMesh, checkpointing: bool, compile: bool, offload: bool
+) -> None:
+    plain, model = pair
+    prepare_blocks(model.blocks, checkpointing=checkpointing, compile=compile)
+    shard(model, list(model.blocks), mesh, offload=offload)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(local(ours.grad), theirs.grad)
+
+
+def test_nothing_stays_gathered(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
+    """Weights put in the place of others between two passes are what the next pass computes with, the root's too."""
+    plain, model = pair
+    shard(model, list(model.blocks), mesh)
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        model(x)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            theirs.mul_(0.5)
+            write(ours, theirs)
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_narrow_gathering_leaves_integers_and_the_root_alone(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
+    _, model = pair
+    packed = torch.arange(256, dtype=torch.uint8).view(-1, 1)
+    model.blocks[0].packed = nn.Parameter(packed.clone(), requires_grad=False)
+    shard(model, list(model.blocks), mesh, gather=torch.bfloat16)
+    block = model.blocks[0]
+    assert isinstance(block, FSDPModule)
+    block.unshard()
+    assert torch.equal(block.packed, packed)
+    assert block.get_parameter("0.weight").dtype == torch.bfloat16
+    block.reshard()
+    assert isinstance(model, FSDPModule)
+    model.unshard()
+    assert model.embed.weight.dtype == torch.float32
+    model.reshard()
+    assert block.get_parameter("0.weight").dtype == torch.float32
+
+
+def test_a_model_comes_back_whole(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
+    plain, model = pair
+    shard(model, list(model.blocks), mesh)
+    model(torch.randn(2, 6))
+    unshard(model)
+    assert type(model) is Model
+    assert not isinstance(model.blocks[0], FSDPModule)
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_whole_tensors_become_parts_and_whole_again(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
+    _, model = pair
+    shard(model, list(model.blocks), mesh)
+    full = torch.randn_like(model.head.weight.full_tensor())  # type: ignore[operator]
+    parts = spread(full, model.head.weight)
+    assert isinstance(parts, DTensor)
+    assert spread(parts, model.head.weight) is parts
+    tree = gather({"a": [parts, 3], "b": {"c": torch.ones(2)}})
+    assert torch.equal(tree["a"][0], full)
+    assert tree["a"][1] == 3
+    assert torch.equal(tree["b"]["c"], torch.ones(2))

@@ -1,0 +1,40 @@
+"""Configuration -> Lightning strategy: the one place that knows them all."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from vit_efficient.parallel.config import DdpConfig, DeepspeedConfig, DistributedConfig, FsdpConfig, SingleConfig
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch.strategies import Strategy
+
+
+def build_strategy(config: object, *, sharded: bool = False, narrow: torch.dtype | None = None) -> Strategy:
+    """What `lightning.pytorch.Trainer` takes as ``strategy``.
+
+    Args:
+        config: a resolved strategy of a recipe.
+        sharded: write checkpoints as folders, every process its part (``checkpoint.sharded``).
+        narrow: dtype in which a sharded model's blocks may be gathered; None: their own.
+    """
+    if not isinstance(config, DistributedConfig):
+        from vit_efficient.parallel.plain import SingleStrategy
+
+        assert isinstance(config, SingleConfig), "resolve() makes `auto` concrete"
+        return SingleStrategy("cuda:0" if config.accelerator == "gpu" else "cpu")
+    timeout = timedelta(seconds=config.timeout)
+    if isinstance(config, DdpConfig):
+        from vit_efficient.parallel.plain import DdpStrategy
+
+        return DdpStrategy(timeout=timeout)
+    if isinstance(config, FsdpConfig):
+        from vit_efficient.parallel.fsdp import FsdpStrategy
+
+        return FsdpStrategy(config, timeout=timeout, sharded=sharded, narrow=narrow)
+    assert isinstance(config, DeepspeedConfig), "the last of the union"
+    from vit_efficient.parallel.deepspeed import build_deepspeed
+
+    return build_deepspeed(config, timeout=timeout)
