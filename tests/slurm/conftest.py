@@ -23,7 +23,7 @@ SMALL = (
 )  # fmt: skip
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2")
-PATIENCE = 240.0  # seconds; the machine may be busy with other things
+PATIENCE = 300.0  # seconds; the machine may be busy with other things
 
 # Everything on the loopback interface, without munge and cgroups; a node that does not answer is down after 10 s.
 SLURM_CONF = """\
@@ -130,14 +130,21 @@ class Cluster:
 
     def _processes(self, name: str) -> list[int]:
         """What jobs run on a node; each was told where it is. Their parents, the step daemons, hide what they were."""
-        marks = (f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.conf}".encode())
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                environment = (process / "environ").read_bytes().split(b"\0")
-                if all(mark in environment for mark in marks):
-                    found.append(int(process.name))
-        return found
+        return _marked((f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.conf}".encode()))
+
+    @contextlib.contextmanager
+    def held(self, number: str) -> Iterator[list[int]]:
+        """Stop the clock of a job's processes, so that nothing depends on how fast this machine is."""
+        marks = (f"SLURM_JOB_ID={number}".encode(), b"SLURM_STEP_ID=0", f"SLURM_CONF={self.conf}".encode())
+        pids = _marked(marks)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pids
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def daemon_pid(self, name: str) -> int | None:
         file = self.folder / ("slurmctld.pid" if name == "slurmctld" else f"slurmd.{name}.pid")
@@ -211,6 +218,26 @@ def _alive(pid: int | None) -> bool:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _marked(marks: tuple[bytes, ...]) -> list[int]:
+    """Processes with these in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if all(mark in environment for mark in marks):
+                found.append(int(process.name))
+    return found
+
+
+def waits_for(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal was sent to a process that has not taken it yet."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
+        return bool(pending >> (number - 1) & 1)
+    return False
 
 
 def _parent(pid: int) -> int:
@@ -316,6 +343,10 @@ class Desk:
 
     def _completed(self, run: str) -> bool:
         return self.cluster.job(self.number(run))["JobState"] == "COMPLETED"
+
+    def heard(self, pids: list[int], number: signal.Signals) -> bool:
+        """Whether one of these processes has been sent a signal."""
+        return any(waits_for(pid, number) for pid in pids)
 
     def _wait(self, run: str, what: str, happened: Callable[[], bool], *, nudge: bool = False) -> None:
         def look() -> bool:
