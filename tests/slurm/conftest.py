@@ -25,7 +25,7 @@ DAEMONS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2")
 PATIENCE = 300.0  # seconds; the machine may be busy with other things
 
-# Everything on the loopback interface, without munge and cgroups; a node that does not answer is down after 10 s.
+# Everything on the loopback interface, without munge and cgroups; a node that does not answer is down after 20 s.
 SLURM_CONF = """\
 ClusterName=ci
 SlurmctldHost={host}(127.0.0.1)
@@ -60,7 +60,7 @@ JobRequeue=1
 MinJobAge=600
 InactiveLimit=0
 KillWait=20
-SlurmdTimeout=10
+SlurmdTimeout=20
 OverTimeLimit=2
 GresTypes=gpu
 {nodes}
@@ -133,14 +133,14 @@ class Cluster:
         return _marked((f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.conf}".encode()))
 
     @contextlib.contextmanager
-    def held(self, number: str) -> Iterator[list[int]]:
-        """Stop the clock of a job's processes, so that nothing depends on how fast this machine is."""
+    def held(self, number: str) -> Iterator[None]:
+        """Stop a job's processes, so that nothing depends on how fast this machine is. Slurm's signals wake them."""
         marks = (f"SLURM_JOB_ID={number}".encode(), b"SLURM_STEP_ID=0", f"SLURM_CONF={self.conf}".encode())
         pids = _marked(marks)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
-            yield pids
+            yield
         finally:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -229,15 +229,6 @@ def _marked(marks: tuple[bytes, ...]) -> list[int]:
             if all(mark in environment for mark in marks):
                 found.append(int(process.name))
     return found
-
-
-def waits_for(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal was sent to a process that has not taken it yet."""
-    with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
-        return bool(pending >> (number - 1) & 1)
-    return False
 
 
 def _parent(pid: int) -> int:
@@ -343,10 +334,6 @@ class Desk:
 
     def _completed(self, run: str) -> bool:
         return self.cluster.job(self.number(run))["JobState"] == "COMPLETED"
-
-    def heard(self, pids: list[int], number: signal.Signals) -> bool:
-        """Whether one of these processes has been sent a signal."""
-        return any(waits_for(pid, number) for pid in pids)
 
     def _wait(self, run: str, what: str, happened: Callable[[], bool], *, nudge: bool = False) -> None:
         def look() -> bool:

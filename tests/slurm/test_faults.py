@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,12 +52,11 @@ def test_time_limit(desk: Desk, cluster: Cluster, straight: Desk) -> None:
     desk.site(warn_seconds=60)
     number = desk.start("run")
     desk.wait_for_steps("run", 2)
-    with cluster.held(number) as processes:
+    with cluster.held(number):
         hours, passed, _ = cluster.job(number)["RunTime"].split(":")
         minutes = 60 * int(hours) + int(passed) + 1
         cluster.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
-        cluster.wait_for("the signal", lambda: desk.heard(processes, signal.SIGUSR1))
-    cluster.wait_for("the requeue", lambda: cluster.job(number)["JobState"] == "PENDING")
+        cluster.wait_for("the requeue", lambda: cluster.job(number)["JobState"] == "PENDING")
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=20")
     desk.wait_for_end("run")
     assert len(starts(desk, "run")) == 2
