@@ -47,22 +47,27 @@ def assert_same_state(desk: Desk, run: str, other: Desk, reference: str) -> None
     assert [(n, k) for n in left for k, v in left[n].items() if not torch.equal(v, right[n][k])] == []
 
 
-def test_time_limit(desk: Desk, cluster: Cluster) -> None:
-    """Slurm's own signal before the time limit: saved, requeued, resumed, until the end; two of it side by side."""
-    long = "optim.epochs=40"
-    desk.start("reference", long)
-    desk.site(warn_seconds=10)
-    number = desk.start("limited", long, "--time", "1m")
-    desk.wait_for_end("limited", "reference")
-    assert len(starts(desk, "limited")) > 1
-    assert int(cluster.job(number)["Restarts"]) == len(starts(desk, "limited")) - 1
-    log = desk.log("limited")
+def test_time_limit(desk: Desk, cluster: Cluster, straight: Desk) -> None:
+    """Slurm's own signal before the time limit: saved, requeued, resumed until the end, every step done once."""
+    desk.site(warn_seconds=60)
+    number = desk.start("run")
+    desk.wait_for_steps("run", 2)
+    with cluster.held(number):
+        hours, passed, _ = cluster.job(number)["RunTime"].split(":")
+        minutes = 60 * int(hours) + int(passed) + 1
+        cluster.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+        cluster.wait_for("the requeue", lambda: cluster.job(number)["JobState"] == "PENDING")
+    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=20")
+    desk.wait_for_end("run")
+    assert len(starts(desk, "run")) == 2
+    assert cluster.job(number)["Restarts"] == "1"
+    log = desk.log("run")
     assert "Stopped by SIGUSR1; everything is saved" in log
     assert "told by Slurm that its time ends; starts again" in log
     assert "DUE TO TIME LIMIT" not in log
-    assert_same_samples(desk, "limited", desk, "reference")
-    assert len(desk.audit("limited")) == len(desk.audit("reference"))  # saved at the signal: no step was done twice
-    assert_same_state(desk, "limited", desk, "reference")
+    assert_same_samples(desk, "run", straight, "straight")
+    assert len(desk.audit("run")) == len(straight.audit("straight"))  # saved at the signal: no step was done twice
+    assert_same_state(desk, "run", straight, "straight")
 
 
 def test_without_scontrol(desk: Desk, straight: Desk) -> None:
