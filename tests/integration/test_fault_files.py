@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,17 +124,13 @@ def test_a_disk_that_fills_up(
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline and not [s for s in steps(run) if s >= 3]:
         time.sleep(0.05)
-    with open(small_disk / "ballast", "wb") as ballast:
-        try:
-            while True:
-                ballast.write(bytes(4096))
-                ballast.flush()
-        except OSError:
-            pass
+    with open(small_disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 2, printed
     assert "Cannot write the checkpoint" in printed
-    assert "No space left" in printed or "space" in printed
+    assert "bytes free" in printed
     assert "Traceback" not in printed, printed
     newest = run / "checkpoints" / f"step-{steps(run)[-1]:08d}.ckpt"
     read_checkpoint(newest)

@@ -93,10 +93,11 @@ def _write_file(path: Path, checkpoint: dict[str, Any], group: object) -> None:
     try:
         atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        survivor = "The previous checkpoint of this name is untouched." if path.exists() else "Nothing was left."
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
-            f"Cannot write the checkpoint {path}: {error}. {survivor}\n"
-            "  Free some space (`df -h`), then continue with `--resume auto`."
+            f"Cannot write the checkpoint {path}: {error}. There are {free:,} bytes free.\n"
+            "  What was half written is removed, and the checkpoints before it are untouched. Free some space, "
+            "then continue with `--resume auto`."
         ) from error
 
 
