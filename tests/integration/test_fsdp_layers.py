@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+from vit_efficient.parallel.full import copy as write
 from vit_efficient.parallel.full import gather, unshard
 from vit_efficient.parallel.order import prepare_blocks, shard
 
@@ -127,6 +128,12 @@ def trains_alike(make: Callable[[], Tower], mesh: DeviceMesh, checkpointing: boo
     shard(model, list(model.blocks), mesh)
     x, y = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
     torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # an average put in the weights' place between two passes must count, the root's too
+        model.eval()(x)
+        plain.head.weight.mul_(0.5)
+        write(model.head.weight, plain.head.weight)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)
+    model.train()
     mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
     whole, own = nn.functional.cross_entropy(plain(x), y), nn.functional.cross_entropy(model(x[mine]), y[mine])
     whole.backward()
