@@ -21,11 +21,8 @@ from vit_efficient.quantization import gptq_fp8
 from vit_efficient.quantization.calibratable import Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.fp8_layers import TrainableFp8
+from vit_efficient.quantization.importance import tempered
 
-# Of the importance of tokens that rounding is fitted with. In the last blocks the class tokens alone matter, and the
-# weights have more inputs than the calibration set has images: all tokens together keep them from learning these
-# images by heart.
-IMPORTANCE = 0.7
 # Of a static range over the largest magnitude seen: errors are relative, so room costs the smallest values only, and a
 # larger value than was ever seen need not saturate.
 HEADROOM = 2
@@ -97,10 +94,7 @@ def _round_weight(
     if config.rounding == "nearest":
         codes, scale = quantize_weight(weight_NK, layer.scheme)
         return codes.float(), scale, False
-    counted_TK = seen_TK
-    if weight_T is not None:
-        mixed_T = IMPORTANCE * weight_T / weight_T.mean() + (1 - IMPORTANCE)
-        counted_TK = seen_TK * mixed_T.unsqueeze(1)
+    counted_TK = seen_TK if weight_T is None else seen_TK * tempered(weight_T).unsqueeze(1)
     h_KK = counted_TK.T @ seen_TK / len(seen_TK)
     if config.rounding == "mse":
         scale = gptq_fp8.search_scale(weight_NK, h_KK.diagonal(), layer.scheme)

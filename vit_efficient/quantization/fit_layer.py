@@ -16,6 +16,7 @@ from vit_efficient.kernels.int8_linear.scheme import Scheme
 from vit_efficient.quantization import gptq
 from vit_efficient.quantization.calibratable import Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
+from vit_efficient.quantization.importance import tempered
 from vit_efficient.quantization.int8_layers import TrainableInt8
 from vit_efficient.quantization.observers import largest_magnitude, threshold
 
@@ -166,7 +167,7 @@ def _round_weight(
     if config.rounding == "nearest" or scheme.weights == "tensor":
         q_NK, scale_NG = quantize_weight(weight_NK, scheme)
         return dequantize_weight(q_NK, scale_NG, scheme, torch.float32), None
-    counted_TK = seen_TK if weight_T is None else seen_TK * weight_T.unsqueeze(1)
+    counted_TK = seen_TK if weight_T is None else seen_TK * tempered(weight_T).unsqueeze(1)
     h_KK = counted_TK.T @ seen_TK / len(seen_TK)
     if config.rounding == "mse":
         grid = gptq.search_grid(weight_NK, h_KK.diagonal(), scheme)

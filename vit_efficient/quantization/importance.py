@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 DRAWS = 2
 AT_ONCE = 16  # images: a whole forward is kept for its backward
+SHARE = 0.7  # of importance in what weights are rounded for
 
 
 def token_importance(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -76,3 +77,12 @@ def _of_mean_one(weights_T: Tensor) -> Tensor:
     mean = weights_T.mean()
     # Nothing reaches the logits (a head of zeros, say): all alike, and not 0 / 0.
     return torch.where(mean > 0, weights_T / mean, torch.ones_like(weights_T))
+
+
+def tempered(weight_T: Tensor) -> Tensor:
+    """What rounding of weights counts a token with: its importance (of mean 1), and for the rest all tokens alike.
+
+    In the last blocks the class tokens alone matter, and a layer has more inputs than the calibration set has images:
+    all tokens together keep the weights from learning these images by heart.
+    """
+    return SHARE * weight_T + (1 - SHARE)
