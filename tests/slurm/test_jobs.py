@@ -89,6 +89,14 @@ def test_array(desk: Desk, straight: Desk) -> None:
     assert "holds several runs" in desk.submit("logs", "study", code=2)
 
 
+def test_never_to_begin(desk: Desk, cluster: Cluster) -> None:
+    """Slurm takes a job that asks for more cores than a node has, and lets it wait for ever: status says so."""
+    desk.site(cpus_per_task=8)
+    number = desk.start("run")
+    cluster.wait_for("a reason", lambda: cluster.job(number)["Reason"] == "PartitionConfig")
+    assert "waits for ever: no node here has that many" in " ".join(desk.submit("status", "run").split())
+
+
 @pytest.mark.parametrize(
     ("site", "words", "said", "advice"),
     [
@@ -100,7 +108,7 @@ def test_array(desk: Desk, straight: Desk) -> None:
 )
 def test_refused(desk: Desk, site: dict[str, str], words: tuple[str, ...], said: str, advice: str) -> None:
     """Slurm's own words, what there is instead, and nothing left behind."""
-    desk.site(**site)
+    desk.site(cpus_per_task=1, **site)
     printed = desk.submit("--recipe", "int8_sdpa", "--time", "1h", "run.dir=run", *words, code=2)
     assert "Slurm refused the job. sbatch says:" in printed
     assert said in printed

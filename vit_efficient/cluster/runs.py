@@ -18,6 +18,15 @@ from vit_efficient.cluster.slurm import Queued
 from vit_efficient.errors import UserError
 
 COLOURS = {"RUNNING": "green", "PENDING": "yellow", "FAILED": "red", "TIMEOUT": "red", "NODE_FAIL": "red"}
+# Why a job waits, where Slurm's word for it does not help.
+REASONS = {
+    "None": "waits",
+    "BeginTime": "waits two minutes after a requeue",
+    "PartitionConfig": "waits for ever: no node here has that many cores or GPUs",
+    "PartitionNodeLimit": "waits for ever: the partition has not so many nodes",
+    "PartitionTimeLimit": "waits for ever: its time is longer than the partition allows",
+    "DependencyNeverSatisfied": "waits for ever: the run that it starts from has failed",
+}
 TAIL = 64 * 1024  # bytes of a log that are shown at first
 
 
@@ -60,9 +69,7 @@ class Status:
         if self.top1 is not None:
             return f"top-1 {100 * self.top1:.2f} %"
         if self.queued.state == "PENDING":
-            return {"None": "waits", "BeginTime": "waits two minutes after a requeue"}.get(
-                self.queued.reason, self.queued.reason
-            )
+            return REASONS.get(self.queued.reason, self.queued.reason)
         if self.queued.state == "RUNNING":
             return f"{self.queued.nodes}, {self.queued.left} left"
         return self.mistake or ("" if self.job.cancelled else "see its log")
