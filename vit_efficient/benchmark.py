@@ -2,6 +2,8 @@
 
 python -m vit_efficient.benchmark --recipe fp32_sdpa --recipe int8_sdpa --batch 1,64,256 protocol=imagenet_vit_l16
 python -m vit_efficient.benchmark data SHARDS     decoding per core, the loader over workers, the plan at 10^9 samples
+python -m vit_efficient.benchmark kernels         matrix products and norms against the library's, with their floors
+python -m vit_efficient.benchmark attention       attention kernels against the other backends
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ examples:
   benchmark --peers --batch 256 protocol=imagenet_vit_l16           (what else a user could take)
   benchmark --train --recipe int8_sdpa --recipe int4_sdpa --batch 128 protocol=imagenet_vit_l16
   benchmark data data/in1k                                          (the data pipeline: benchmark data --help)
+  benchmark kernels --batch 1 256; benchmark attention --shapes qattn   (on a GPU; each has its own --help)
 
 The first contender is what the others are held against. All are in memory at once and take turns.
 key=value words override every recipe; those in the quotes of one --recipe override that one.
@@ -234,8 +237,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; raises UserError for what the user can mend."""
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console(highlight=False)
-    if words[:1] == ["data"]:
-        benchmark_data(data_parser().parse_args(words[1:]), console)
+    tool, rest = (words[0], words[1:]) if words else ("", [])
+    if tool == "data":
+        benchmark_data(data_parser().parse_args(rest), console)
+    elif tool == "kernels":
+        from vit_efficient.measure import kernels
+
+        kernels.main(rest)
+    elif tool == "attention":
+        from vit_efficient.measure import attention
+
+        attention.main(rest)
     else:
         benchmark_models(model_parser().parse_intermixed_args(words), console)
 

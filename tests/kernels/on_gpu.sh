@@ -15,4 +15,4 @@ python3 -m vit_efficient.kernels.tune --op $ops --batch 256 1 --output "$out/til
 python3 -m vit_efficient.kernels.tune --op $ops --forms plain --output "$out/tiles_plain.json" \
     --shapes 50432x1024x3072 50432x1024x1024 50432x1024x4096 50432x4096x1024
 # shellcheck disable=SC2086
-python3 -m vit_efficient.measure.kernels --op $ops --batch 256 1 --output "$out/kernels.json"
+python3 -m vit_efficient.benchmark kernels --op $ops --batch 256 1 --output "$out/kernels.json"

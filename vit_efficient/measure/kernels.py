@@ -1,6 +1,6 @@
 """Kernels against the library's, with the floor that the chip sets beside each.
 
-    python -m vit_efficient.measure.kernels --batch 256 1 --op int8_linear fp8_linear_fast --output kernels.json
+    python -m vit_efficient.benchmark kernels --batch 256 1 --op int8_linear fp8_linear_fast --output kernels.json
 
 Each line is one operation at one shape: its median time with a cold cache, all variants of a shape in turn, and two
 floors: the larger of operations over the matrix rate and bytes over the memory's, by the datasheet and by what this run
@@ -175,7 +175,7 @@ def measure_kernels(
 def parser() -> Parser:
     """The command line."""
     words = Parser(
-        prog="python -m vit_efficient.measure.kernels",
+        prog="python -m vit_efficient.benchmark kernels",
         description="Time the kernels against the library's, with the chip's floor beside each.",
         allow_abbrev=False,
     )
