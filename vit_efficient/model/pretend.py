@@ -23,6 +23,17 @@ from vit_efficient.model.build import Built, build_model
 from vit_efficient.recipe.schema import Recipe
 
 
+def prime() -> None:
+    """bitsandbytes makes a table from numbers when it first wants it, and keeps it: let it be a real one.
+
+    To be called before 4-bit layers are made on the `meta` device.
+    """
+    import bitsandbytes.functional as bnb
+
+    if "dynamic" not in bnb.name2qmap:
+        bnb.name2qmap["dynamic"] = bnb.create_dynamic_map()
+
+
 def outline(recipe: Recipe, num_classes: int) -> Built:
     """What `build_model` would make, with tensors on the `meta` device, which have shapes only. Outside `pretending`.
 
@@ -35,10 +46,7 @@ def outline(recipe: Recipe, num_classes: int) -> Built:
     Raises:
         UserError: as `build_model` does.
     """
-    import bitsandbytes.functional as bnb
-
-    if "dynamic" not in bnb.name2qmap:  # a table that is made when it is first wanted, and kept: let it be a real one
-        bnb.name2qmap["dynamic"] = bnb.create_dynamic_map()
+    prime()
     forced = recipe.attention.kernel if isinstance(recipe.attention, SdpaConfig) else "auto"
     update = {
         "attention": SdpaConfig(kernel="math" if forced == "math" else "auto"),
