@@ -19,6 +19,7 @@ from vit_efficient.measure import layout as spread
 from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.live import LiveBytes, storage_bytes
 from vit_efficient.measure.step_bytes import StepBytes, step_bytes
+from vit_efficient.measure.work import Work, WorkCounter
 from vit_efficient.model.build import Built, compute_dtype
 from vit_efficient.model.pretend import outline, pretend, pretending
 from vit_efficient.parallel.order import prepare_blocks
@@ -144,7 +145,7 @@ class Plan:
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         self.recipe, self.num_classes = recipe, num_classes
-        self._steps: dict[tuple[bool, bool, int], StepBytes] = {}
+        self._steps: dict[tuple[bool, bool, int], tuple[StepBytes, Work]] = {}
 
     @cached_property
     def built(self) -> Built:
@@ -164,7 +165,11 @@ class Plan:
         return weights_of(self.built.model, list(self.built.blocks), gather)
 
     def step(self, micro_batch: int, *, checkpointing: bool, narrow: bool) -> StepBytes:
-        """Counted once for each setting; a step of `micro_batch` images.
+        """What a step of `micro_batch` images keeps and takes; `count` says of what."""
+        return self.count(micro_batch, checkpointing=checkpointing, narrow=narrow)[0]
+
+    def count(self, micro_batch: int, *, checkpointing: bool, narrow: bool) -> tuple[StepBytes, Work]:
+        """Bytes and work of a step of `micro_batch` images; each setting is counted once.
 
         Args:
             checkpointing: whether blocks are recomputed.
@@ -180,17 +185,20 @@ class Plan:
             prepare_blocks(built.blocks, checkpointing=checkpointing, compile=False)
             with pretending(live := LiveBytes()):
                 pretend(built.model)
-                self._steps[key] = step_bytes(
-                    built.model, live, images=micro_batch, size=built.image.size, autocast=compute_dtype(self.recipe)
-                )
+                with WorkCounter() as counter:
+                    taken = step_bytes(
+                        built.model, live, images=micro_batch, size=built.image.size,
+                        autocast=compute_dtype(self.recipe),
+                    )  # fmt: skip
+                self._steps[key] = taken, counter.work
         return self._steps[key]
 
     def _require_counted(self) -> None:
         name = self.recipe.quantization.name
         if name not in COUNTED:
             raise CapabilityError(
-                f"The memory of quantization={name} cannot be estimated: its layers look at values, and an estimate has "
-                f"none. It can be for {', '.join(COUNTED)}; else see what a run reports in its metrics.json."
+                f"The memory of quantization={name} cannot be estimated: its layers look at values, and an estimate "
+                f"has none. It can be for {', '.join(COUNTED)}; else see what a run reports in its metrics.json."
             )
         if not any(p.requires_grad for p in self.built.model.parameters()):
             raise CapabilityError(
