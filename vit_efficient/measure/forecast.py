@@ -133,7 +133,8 @@ def table(recipe: Recipe, kind: GpuKind, gpus: Sequence[int] = GPUS, *, images: 
         f"{recipe.optim.epochs} epochs",
         f"{kind.name}: {kind.memory / 2**30:.0f} GiB; {kind.source}",
         "",
-        f"{'GPUs':>5} {'micro':>6} {'GiB each':>9} {'images/s':>9} {'each':>7} {'of one':>7} {'hours':>8} {'GPU-hours':>10}",
+        f"{'GPUs':>5} {'micro':>6} {'GiB each':>9} {'images/s':>9} {'each':>7} {'of one':>7} {'hours':>8} "
+        f"{'GPU-hours':>10}",
     ]
     alone = None
     for number in gpus:

@@ -40,7 +40,7 @@ class GpuKind:
     measured: bool = False
 
 
-# Peaks by datasheet, dense: bf16 989, int8 1,979, float32 67 TFLOP/s, 4.8 TB/s, NVLink 900 GB/s both ways, memory 141 GB.
+# Peaks by datasheet, dense: bf16 989, int8 1,979, float32 67 TFLOP/s, 4.8 TB/s, NVLink 900 GB/s both ways.
 # Rates measured at ViT-L's shapes (docs/scaling.md), which the share below puts in relation to the peaks.
 H200 = GpuKind(
     "H200", 150.75 * G, 707 * T, 50.9 * T, 623 * T, 82 * T, 4.19 * T, 450 * G, 50 * G,
