@@ -159,7 +159,7 @@ def _honesty(kind: GpuKind) -> list[str]:
     if kind.measured:
         first = "The model is fitted to ViT-L/16 measured on one and two H200s; the rest is predicted."
     else:
-        first = f"Nothing was measured on a {kind.name}: peaks by datasheet, times the share an H200 reaches."
+        first = f"All predicted for {kind.name}: peaks by datasheet, times the share an H200 reaches."
     return [
         first,
         "Memory is counted on the model itself: within 5 % where it was measured.",
@@ -168,7 +168,7 @@ def _honesty(kind: GpuKind) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the table. `words`: ``--recipe R --gpu KIND [--gpus N ...] [--images TRAIN EVAL] [key=value ...]``.
+    """Print the table. `words`: ``--recipe R --gpu KIND [--gpus 1,2,8] [--images TRAIN EVAL] [key=value ...]``.
 
     Raises:
         UserError: unknown recipe, GPU or key.
@@ -178,16 +178,20 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vit_efficient.submit --estimate", description=__doc__)
     parser.add_argument("--recipe", required=True, help="a variant or a complete recipe")
     parser.add_argument("--gpu", default="h200", help=", ".join(KINDS))
-    parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="numbers of GPUs; default 1 to 1024")
+    parser.add_argument("--gpus", default="", metavar="1,2,8", help="numbers of GPUs; default 1 to 1024")
     parser.add_argument("--images", type=int, nargs=2, metavar=("TRAIN", "EVAL"), help="where the source is a folder")
     options, overrides = parser.parse_known_args([word for word in words if word != "--estimate"])
     if strange := [word for word in overrides if word.startswith("-")]:
         raise UserError(f"{strange[0]} is not known. See --help.")
     kind = gpu_kind(options.gpu)
+    numbers = [word for word in options.gpus.split(",") if word]
+    if strange := [word for word in numbers if not word.isdigit() or not int(word)]:
+        raise UserError(f"--gpus {options.gpus}: {strange[0]!r} is no number of GPUs. Write --gpus 1,2,8.")
+    gpus = [int(word) for word in numbers] or GPUS
     recipe = load_recipe(options.recipe, overrides).recipe
     if recipe.quantization.precision == "auto":
         precision = "fp16" if kind.name == "T4" else "bf16"
         quantization = recipe.quantization.model_copy(update={"precision": precision})
         recipe = recipe.model_copy(update={"quantization": quantization})
-    print(table(recipe, kind, options.gpus, images=tuple(options.images) if options.images else None))
+    print(table(recipe, kind, gpus, images=tuple(options.images) if options.images else None))
     return 0

@@ -40,7 +40,7 @@ class Layout:
     @classmethod
     def of(cls, strategy: Any, devices: int = 1) -> Layout:
         """The layout of a recipe's strategy; `devices` where it leaves that to the machine."""
-        kind = strategy.name if strategy.name != "auto" else "ddp" if devices > 1 else "single"
+        kind: Kind = strategy.name if strategy.name != "auto" else "ddp" if devices > 1 else "single"
         if kind == "single":
             return cls()
         own = getattr(strategy, "devices", devices)
@@ -80,7 +80,7 @@ class Layout:
         return -(-size // self.shards) if sharded else size
 
     def __str__(self) -> str:
-        parts = [self.kind]
+        parts: list[str] = [self.kind]
         if self.kind == "deepspeed":
             parts.append(f"ZeRO {self.stage}")
         if self.kind == "fsdp":

@@ -7,8 +7,8 @@ stated in `measure.memory`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ def step_bytes(
     """
     model.train()
     before = live.live
-    done = 0
+    alone, done = 0, 0
 
     def count(parameter: Tensor) -> None:
         nonlocal done, alone
@@ -98,15 +98,6 @@ def step_bytes(
     )
 
 
-def _autocast(dtype: torch.dtype | None) -> ExitStack | nullcontext[None]:
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """float16 as well, which a CPU's autocast takes where nothing is computed."""
-    if dtype is None or dtype == torch.float32:
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.autocast("cpu", dtype))
-    return stack
-
-
-def numbers(parameters: Sequence[Tensor]) -> int:
-    """How many numbers there are in all."""
-    return sum(p.numel() for p in parameters)
+    return nullcontext() if dtype is None or dtype == torch.float32 else torch.autocast("cpu", dtype)

@@ -14,7 +14,34 @@ from torch.utils.flop_counter import flop_registry
 
 # Operations that move nothing.
 VIEWS = frozenset(
-    ["view", "reshape", "expand", "detach", "alias", "permute", "transpose", "t", "unbind", "select", "slice", "split", "squeeze", "unsqueeze", "as_strided", "_unsafe_view", "unflatten", "chunk", "split_with_sizes", "lift_fresh", "empty", "empty_strided", "empty_like", "new_empty", "sym_size", "is_same_size"]
+    [
+        "view",
+        "reshape",
+        "expand",
+        "detach",
+        "alias",
+        "permute",
+        "transpose",
+        "t",
+        "unbind",
+        "select",
+        "slice",
+        "split",
+        "squeeze",
+        "unsqueeze",
+        "as_strided",
+        "_unsafe_view",
+        "unflatten",
+        "chunk",
+        "split_with_sizes",
+        "lift_fresh",
+        "empty",
+        "empty_strided",
+        "empty_like",
+        "new_empty",
+        "sym_size",
+        "is_same_size",
+    ]
 )
 SDPA = "_scaled_dot_product_flash_attention_for_cpu"
 

@@ -130,4 +130,4 @@ def _in_float32(norm: nn.Module) -> None:
     def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
         return own(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **named)
 
-    norm.forward = forward  # type: ignore[method-assign]
+    norm.forward = forward

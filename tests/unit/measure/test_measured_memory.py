@@ -18,10 +18,11 @@ from vit_efficient.measure.layout import Layout, buffers, held, states
 from vit_efficient.measure.live import LiveBytes
 from vit_efficient.measure.memory import WORKSPACES, weights_of
 from vit_efficient.measure.step_bytes import step_bytes
-from vit_efficient.model.pretend import prime, pretend, pretending
+from vit_efficient.model.pretend import pretend, pretending, prime
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
+ALONE = Layout()
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Row:
     images: int
     measured: float
     checkpointing: bool = False
-    layout: Layout = Layout()
+    layout: Layout = ALONE
 
 
 ROWS = [

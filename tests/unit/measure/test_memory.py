@@ -163,7 +163,7 @@ def test_pretending_leaves_nothing_behind() -> None:
 
     block = op.BLOCK
     estimate_recipe(recipe_of("int4_sdpa"), 10)
-    assert op.BLOCK == block
+    assert block == op.BLOCK
     model = build_model(recipe_of("int4_sdpa"), 10).model.eval()  # the code books that it needs are real ones
     assert torch.isfinite(model(torch.randn(2, 3, 32, 32))).all()
 
