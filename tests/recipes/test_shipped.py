@@ -21,7 +21,7 @@ VARIANTS = (
     "fp32_sdpa", "int8_sdpa", "int8_flash2", "int8_static_sdpa", "w4a8_sdpa", "fp8_sdpa", "int4_sdpa", "int4_flash2",
     "int4_group_sdpa", "lora_sdpa",
 )  # fmt: skip
-PROTOCOLS = ("digits", "cifar10", "cifar10_vit_ti", "folder", "tiny_imagenet", "imagenet_vit_l16")
+PROTOCOLS = ("digits", "cifar10", "cifar10_vit_ti", "folder", "tiny_imagenet", "imagenet_vit_l16", "dinov3_7b")
 PACKAGES = {"bitsandbytes": "0.50.2", "peft": "0.21.2", "flash-attn": "2.8.3"}
 NODE = Machine((Gpu("NVIDIA H100", (9, 0), 80 << 30),) * 8, "580", 128, PACKAGES)
 FILES = [*files.packaged().glob("*.yaml"), *(files.packaged() / "protocols").glob("*.yaml")]

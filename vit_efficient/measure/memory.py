@@ -1,33 +1,61 @@
-"""What a training step needs of a device's memory, estimated before there is a device."""
+"""What a training step needs of a device's memory, estimated before there is a device.
+
+What is kept for the backward pass and what is taken on the way is counted on a pretended step of the real modules
+(`step_bytes`); weights, gradients and states follow from sizes and from how they are spread (`layout`).
+"""
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-CONTEXT = 600 * 2**20  # CUDA context, cuBLAS workspaces and allocator slack; seen 0.4-0.7 GiB on recent drivers
+from vit_efficient.errors import CapabilityError
+from vit_efficient.measure import layout as spread
+from vit_efficient.measure.layout import Layout, Weights
+from vit_efficient.measure.live import LiveBytes, storage_bytes
+from vit_efficient.measure.step_bytes import StepBytes, step_bytes
+from vit_efficient.measure.work import Work, WorkCounter
+from vit_efficient.model.build import Built, compute_dtype
+from vit_efficient.model.pretend import outline, pretend, pretending
+from vit_efficient.parallel.order import prepare_blocks
+from vit_efficient.recipe.schema import Recipe
+
+# CUDA context and libraries' code: outside PyTorch's allocator, so in no figure of it. Seen: 0.4 to 0.6 GiB.
+CONTEXT = 512 * 2**20
+# cuBLAS: one workspace for each thread that calls it, the forward's and the backward's; 32 MiB from Hopper on, 8 MiB
+# before (PyTorch's notes on CUBLAS_WORKSPACE_CONFIG).
+WORKSPACES = 2 * 32 * 2**20
+COUNTED = ("none", "int8", "int4", "fp8")  # quantizations whose layers run on tensors without values
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each trained number: two moments in float32, or in 8 bits
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device during a training step."""
+    """Bytes on one device at the moment of a training step that needs most."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
+    buffers: int = 0
     teacher: int = 0
 
     @property
+    def allocated(self) -> int:
+        """What PyTorch's allocator would report as its peak."""
+        own = self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return own + self.buffers + self.teacher + WORKSPACES
+
+    @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.teacher + CONTEXT
+        """The device's memory in use."""
+        return self.allocated + CONTEXT
 
     def rows(self) -> list[tuple[str, int]]:
         """(what, bytes) for a person to read."""
@@ -36,9 +64,10 @@ class Estimate:
             ("gradients", self.gradients),
             ("optimizer states", self.optimizer),
             ("moving average", self.average),
-            ("activations", self.activations),
+            ("activations and temporaries", self.activations),
+            ("communication buffers", self.buffers),
             ("teacher", self.teacher),
-            ("CUDA context and workspaces", CONTEXT),
+            ("CUDA context and workspaces", CONTEXT + WORKSPACES),
         ]
         return [(what, size) for what, size in rows if size]
 
@@ -56,24 +85,6 @@ def restart_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def storage_bytes(tensors: Iterator[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors: views of one storage count once."""
-    plain = (part for tensor in tensors for part in _plain(tensor))
-    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
-    return sum(seen.values())
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a tensor is made of: itself, or the parts of a subclass such as torchao's."""
-    if isinstance(tensor, nn.Parameter):
-        tensor = tensor.data
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
-
-
 def _held(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
@@ -89,103 +100,158 @@ def weight_bytes(model: nn.Module) -> int:
     return storage_bytes(_held(model))
 
 
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Sizes of the storages that autograd keeps for the backward pass, weights left out."""
-    own = {t.untyped_storage().data_ptr() for t in _held(model)}
-    kept: dict[int, int] = {}
-    alive = []  # so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
-def _step_bytes(model: nn.Module, blocks: Sequence[nn.Module], images: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes kept for the backward pass, bytes of all the blocks' inputs) of one forward pass on the CPU."""
-    inputs = 0
-
-    def note(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        nonlocal inputs
-        inputs += arguments[0].numel() * arguments[0].element_size()
-
-    handles = [block.register_forward_pre_hook(note) for block in blocks]
-    autocast = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
-    try:
-        with _recorded(model) as kept, autocast:
-            model(images).float().logsumexp(1).mean()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(kept.values()), inputs
-
-
-def activation_bytes(
-    model: nn.Module, blocks: Sequence[nn.Module], image_size: int, dtype: torch.dtype, images: int, checkpointing: bool
-) -> int:
-    """Bytes that autograd keeps for ``images`` images: measured on one and on two images on the CPU, extended linearly.
-
-    With checkpointing, every block's input is kept, and one block at a time is run again in full.
+def weights_of(model: nn.Module, blocks: Sequence[nn.Module], gather: torch.dtype | None = None) -> Weights:
+    """Sizes of a model's weights.
 
     Args:
-        model: on the CPU, in training mode, not checkpointed; (B, 3, S, S) to (B, C).
         blocks: its blocks.
-        image_size: S.
-        dtype: the autocast dtype; float32 for none.
-        images: the micro-batch to extend to.
-        checkpointing: whether blocks are recomputed.
-    """
-    sizes = []
-    for count in (1, 2):
-        kept, inputs = _step_bytes(model, blocks, torch.randn(count, 3, image_size, image_size), dtype)
-        sizes.append(kept // max(1, len(blocks)) + inputs if checkpointing else kept)
-    per_image = max(0, sizes[1] - sizes[0])
-    return per_image * images + max(0, sizes[0] - per_image)
-
-
-def estimate(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    *,
-    image_size: int,
-    dtype: torch.dtype,
-    micro_batch: int,
-    optimizer: str,
-    average: bool,
-    checkpointing: bool,
-    teacher: int = 0,
-) -> Estimate:
-    """Estimate one training step of ``model`` (on the CPU, as it will be trained) on one device.
-
-    Args:
-        blocks: the model's blocks, in order.
-        image_size: pixels a side.
-        dtype: autocast dtype.
-        micro_batch: images at once.
-        optimizer: ``adamw`` (two float32 moments) or ``adamw8bit`` (two of one byte, and small scales).
-        average: whether a float32 moving average is kept.
-        checkpointing: whether blocks are recomputed in the backward pass.
-        teacher: bytes of the weights of a model to learn from.
+        gather: dtype in which sharded blocks are gathered; None: their own.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    mode = model.training
-    model.train()
-    try:
-        activations = activation_bytes(model, blocks, image_size, dtype, micro_batch, checkpointing)
-    finally:
-        model.train(mode)
-    return Estimate(
-        weights=weight_bytes(model),
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=count * (8 if optimizer == "adamw" else 2),
-        average=count * 4 if average else 0,
-        activations=activations,
-        teacher=teacher,
+    total, inside = weight_bytes(model), [weight_bytes(block) for block in blocks]
+    return Weights(
+        size=total,
+        frozen=total - storage_bytes(iter(trained)),
+        trained=sum(p.numel() for p in trained),
+        block=max((_gathered(block, gather) for block in blocks), default=0),
+        block_trained=max(
+            (sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks), default=0
+        ),
+        rest=total - sum(inside),
     )
+
+
+def _trained(block: nn.Module) -> int:
+    return sum(p.numel() for p in block.parameters() if p.requires_grad)
+
+
+def _gathered(block: nn.Module, dtype: torch.dtype | None) -> int:
+    return sum(
+        p.numel() * (dtype.itemsize if dtype is not None and p.is_floating_point() else p.element_size())
+        for p in block.parameters()
+    )
+
+
+class Plan:
+    """A recipe's model, without bytes, and what it needs under any layout, micro-batch and checkpointing.
+
+    Args:
+        recipe: resolved but for its strategy, of which only what `estimate` is asked matters.
+        num_classes: outputs of the head.
+
+    Raises:
+        UserError: as `build_model` does.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+        self.recipe, self.num_classes = recipe, num_classes
+        self._steps: dict[tuple[bool, bool, int], tuple[StepBytes, Work]] = {}
+
+    @cached_property
+    def built(self) -> Built:
+        """The model on the `meta` device."""
+        return outline(self.recipe, self.num_classes)
+
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """The dtype in which blocks are gathered where they are sharded: that of the arithmetic, if they are plain."""
+        plain = self.recipe.quantization.name == "none" and getattr(self.recipe.quantization, "lora", None) is None
+        dtype = compute_dtype(self.recipe)
+        return dtype if plain and dtype != torch.float32 else None
+
+    def weights(self, layout: Layout) -> Weights:
+        """Sizes; blocks as FSDP gathers them in `narrow`. DeepSpeed gathers them as they are."""
+        gather = self.narrow if layout.kind == "fsdp" else None
+        return weights_of(self.built.model, list(self.built.blocks), gather)
+
+    def step(self, micro_batch: int, *, checkpointing: bool, narrow: bool) -> StepBytes:
+        """What a step of `micro_batch` images keeps and takes; `count` says of what."""
+        return self.count(micro_batch, checkpointing=checkpointing, narrow=narrow)[0]
+
+    def count(self, micro_batch: int, *, checkpointing: bool, narrow: bool) -> tuple[StepBytes, Work]:
+        """Bytes and work of a step of `micro_batch` images; each setting is counted once.
+
+        Args:
+            checkpointing: whether blocks are recomputed.
+            narrow: whether blocks are gathered in `self.narrow`, so that autocast makes no copies of their weights.
+        """
+        key = (checkpointing, narrow and self.narrow is not None, micro_batch)
+        if key not in self._steps:
+            self._require_counted()
+            built = outline(self.recipe, self.num_classes)
+            if key[1]:
+                for block in built.blocks:
+                    block.to(self.narrow)
+            prepare_blocks(built.blocks, checkpointing=checkpointing, compile=False)
+            with pretending(live := LiveBytes()):
+                pretend(built.model)
+                with WorkCounter() as counter:
+                    taken = step_bytes(
+                        built.model, live, images=micro_batch, size=built.image.size,
+                        autocast=compute_dtype(self.recipe),
+                    )  # fmt: skip
+                self._steps[key] = taken, counter.work
+        return self._steps[key]
+
+    def _require_counted(self) -> None:
+        name = self.recipe.quantization.name
+        if name not in COUNTED:
+            raise CapabilityError(
+                f"The memory of quantization={name} cannot be estimated: its layers look at values, and an estimate "
+                f"has none. It can be for {', '.join(COUNTED)}; else see what a run reports in its metrics.json."
+            )
+        if not any(p.requires_grad for p in self.built.model.parameters()):
+            raise CapabilityError(
+                "The memory of a training step cannot be estimated: nothing is trained by this recipe. "
+                "Set quantization.lora, or take `python -m vit_efficient.quantize`."
+            )
+
+    def estimate(self, layout: Layout, micro_batch: int, *, checkpointing: bool, accumulate: int = 1) -> Estimate:
+        """One device's memory.
+
+        Lightning drops the gradients of a step only when the next one's forward pass is over, so both passes begin
+        with them; with accumulation they stay throughout.
+        """
+        step = self.step(micro_batch, checkpointing=checkpointing, narrow=layout.kind == "fsdp")
+        weights, recipe = self.weights(layout), self.recipe
+        gradients = spread.gradients(layout, weights)
+        backward = gradients + step.backward if accumulate > 1 or layout.shards > 1 else step.with_gradients
+        activations = max(gradients + step.forward, backward, gradients + self._update(weights, layout)) - gradients
+        return Estimate(
+            weights=spread.held(layout, weights),
+            gradients=gradients,
+            optimizer=spread.states(layout, STATE_BYTES[recipe.optim.name] * weights.trained),
+            average=layout.part(4 * weights.trained, layout.kind == "fsdp") if recipe.optim.ema is not None else 0,
+            activations=activations,
+            buffers=spread.buffers(layout, weights),
+            teacher=self._teacher(),
+        )
+
+    def _update(self, weights: Weights, layout: Layout) -> int:
+        """Temporaries of the optimizer's step: AdamW's fused kernel takes none. fp16's loop takes the square roots."""
+        plain = self.recipe.optim.name == "adamw" and self.recipe.quantization.precision == "fp16"
+        return spread.states(layout, 4 * weights.trained) if plain else 0
+
+    def _teacher(self) -> int:
+        """Taken to be as large as the model, in the dtype of the arithmetic: a larger one is known when it is read."""
+        distilled = getattr(self.recipe.quantization, "distill", None) is not None
+        return self.built.parameters * compute_dtype(self.recipe).itemsize if distilled else 0
+
+
+def estimate_recipe(recipe: Recipe, num_classes: int, layout: Layout | None = None) -> Estimate:
+    """The memory of each device that a resolved recipe needs.
+
+    Args:
+        recipe: resolved.
+        num_classes: outputs of the head.
+        layout: None: that of the recipe's strategy.
+
+    Raises:
+        UserError: as `build_model` does.
+    """
+    layout = Layout.of(recipe.strategy) if layout is None else layout
+    micro = recipe.strategy.micro_batch
+    assert micro is not None, "resolve() makes the micro-batch concrete"
+    accumulate = max(1, recipe.data.batch_size // (micro * layout.world))
+    plan = Plan(recipe, num_classes)
+    return plan.estimate(layout, micro, checkpointing=recipe.strategy.checkpointing, accumulate=accumulate)

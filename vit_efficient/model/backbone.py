@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -14,6 +15,7 @@ from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import UserError
 from vit_efficient.model.adapt import adapt
 from vit_efficient.model.hub import pretrained_name
+from vit_efficient.model.narrow import narrow_linears
 from vit_efficient.model.weights import Weights, read_weights
 from vit_efficient.recipe.schema import ModelConfig
 
@@ -53,7 +55,7 @@ class Backbone:
 
 
 def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Backbone:
-    """Create the model on the CPU, in float32, and load its weights.
+    """Create the model on the CPU, in float32 (its linear weights in ``config.storage``), and load its weights.
 
     The class count is ``config.num_classes``, else `num_classes`, else that of the weights' head, else timm's default.
 
@@ -102,7 +104,8 @@ def _create(config: ModelConfig, name: str, num_classes: int | None) -> nn.Modul
     if config.image_size is not None:
         arguments["img_size"] = config.image_size
     try:
-        model = timm.create_model(name, pretrained=False, **arguments)
+        with narrow_linears(torch.bfloat16 if config.storage == "bfloat16" else None):
+            model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(

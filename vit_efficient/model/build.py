@@ -12,6 +12,7 @@ from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import UserError
 from vit_efficient.model.backbone import Backbone, create_backbone
+from vit_efficient.model.narrow import widen
 from vit_efficient.model.origin import Origin
 from vit_efficient.model.weights import is_quantized
 from vit_efficient.quantization.base import Report
@@ -85,10 +86,17 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
             "rounded weights for full precision. Give the float weights that it was made of; quantization=int8 can "
             "go on training from such a file."
         )
+    if config.storage != "float32" and getattr(recipe.quantization, "lora", None) is None:
+        raise UserError(
+            f"model.storage: {config.storage} rounds the weights, which is for a frozen base, and this recipe trains "
+            "them. Take quantization=int4 or quantization.lora, or model.storage=float32."
+        )
     backbone = _backbone(config, recipe, num_classes)
     model = backbone.model
     parameters = sum(p.numel() for p in model.parameters())
     report = recipe.quantization.apply(model, compute_dtype=compute_dtype(recipe))
+    if config.storage != "float32":
+        widen(model)
     origin = None
     if backbone.weights_digest is not None:
         assert backbone.weights_source is not None, "a hash is of something"

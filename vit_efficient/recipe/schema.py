@@ -32,6 +32,11 @@ class ModelConfig(Config):
     )
     image_size: PositiveInt | None = Field(None, description="Pixels a side. Unset: the model's own.")
     num_classes: PositiveInt | None = Field(None, description="Unset: as many as the data has.")
+    storage: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="What linear weights are held in on the CPU until they are quantized. `bfloat16` makes models that "
+        "do not fit the host's memory otherwise; for a frozen base, as it rounds.",
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to `timm.create_model`.")
     pad_tokens: Literal[0, 8, 16, 32] = Field(
         0,

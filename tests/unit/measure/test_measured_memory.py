@@ -1,0 +1,90 @@
+"""The memory estimate against peaks that were measured: ViT-L/16 at 224 on H200s, torch 2.11, by plain training loops.
+
+Each row is `torch.cuda.max_memory_allocated` of a loop without Lightning (AdamW fused, gradients set to None after each
+step, no moving average), as in docs/scaling.md. The model here is made as the loop made it, and then only pretended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peft
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vit_efficient.measure.layout import Layout, buffers, held, states
+from vit_efficient.measure.live import LiveBytes
+from vit_efficient.measure.memory import WORKSPACES, weights_of
+from vit_efficient.measure.step_bytes import step_bytes
+from vit_efficient.model.pretend import pretend, pretending, prime
+
+pytestmark = pytest.mark.slow
+GIB = 2**30
+ALONE = Layout()
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    kind: str
+    images: int
+    measured: float
+    checkpointing: bool = False
+    layout: Layout = ALONE
+
+
+ROWS = [
+    Row("fp32, eager", "fp32", 64, 22.5),
+    Row("bf16-mixed, eager", "mixed", 128, 25.5),
+    Row("bf16-mixed, compiled", "mixed", 256, 46.4),
+    Row("nf4 and LoRA of rank 16, eager", "nf4", 128, 27.9),
+    Row("the same with 32 images", "nf4", 32, 7.2),
+    Row("the same with checkpointing", "nf4", 128, 4.5, checkpointing=True),
+    Row("FSDP2 on two, blocks compiled", "sharded", 128, 20.8, layout=Layout("fsdp", 2)),
+]
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """bitsandbytes' own layers, which hand on float32 under autocast, and peft's adapters on all that ends in its
+    names."""
+    import bitsandbytes as bnb
+
+    from vit_efficient.quantization.int4_layers import FrozenLinear4bit
+
+    class Native(FrozenLinear4bit):
+        forward = bnb.nn.Linear4bit.forward
+
+    for block in model.blocks:
+        for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+            layer = getattr(parent, name)
+            setattr(parent, name, Native.of(layer, type="nf4", double_quant=True, compute_dtype=torch.bfloat16))
+    model.requires_grad_(False)
+    return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["qkv", "proj", "fc1", "fc2"]))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_measured_peak(row: Row) -> None:
+    prime()
+    narrow = torch.bfloat16 if row.kind in ("nf4", "sharded") else None
+    with torch.device("meta"):
+        model = timm.create_model("vit_large_patch16_224")
+        blocks = list(model.blocks)
+        if row.kind == "nf4":
+            model = quantized(model.to(narrow).train())
+        model.set_grad_checkpointing(row.checkpointing)
+    weights = weights_of(model, blocks, narrow if row.kind == "sharded" else None)
+    if row.kind == "sharded":
+        model.to(narrow)  # as its parameters are gathered
+        plain = model.forward
+        model.forward = lambda images: plain(images.to(narrow))
+    with pretending(live := LiveBytes()):
+        pretend(model)
+        autocast = torch.bfloat16 if row.kind in ("mixed", "nf4") else None
+        step = step_bytes(model, live, images=row.images, size=224, autocast=autocast)
+    activations = max(step.forward, step.backward if row.layout.shards > 1 else step.with_gradients)
+    own = held(row.layout, weights) + states(row.layout, 8 * weights.trained)
+    predicted = (own + activations + buffers(row.layout, weights) + WORKSPACES) / GIB
+    print(f"{row.name}: {predicted:.1f} GiB predicted, {row.measured} measured, {predicted / row.measured - 1:+.1%}")
+    assert predicted == pytest.approx(row.measured, rel=0.05)

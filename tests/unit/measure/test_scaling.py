@@ -1,0 +1,152 @@
+"""The performance model: against the measured rows, against its limits, and in what it may not do."""
+
+from __future__ import annotations
+
+import pytest
+
+from vit_efficient.errors import UserError
+from vit_efficient.measure.forecast import forecast, main, table
+from vit_efficient.measure.gpus import H200, KINDS, gpu_kind, kind_of
+from vit_efficient.measure.layout import Layout, Weights
+from vit_efficient.measure.memory import Plan
+from vit_efficient.measure.scaling import all_reduce, gather, ring, step_time, tree
+from vit_efficient.measure.work import Work
+from vit_efficient.recipe.load import load_recipe
+
+GIGA = 1e9
+VIT_L = Weights(1_217_306_528, 0, 304_326_632, 25_192_448, 12_596_224, 9_900_000)
+NARROW = 2 * 304_326_632  # bytes of it as FSDP2 gathers it
+
+
+def of_images(images: int, half: float, full: float, traffic: float, launches: int) -> Work:
+    """ViT-L/16's counts for an image, in 10^9 (test_counts holds them against a count)."""
+    return Work(half * GIGA * images, full * GIGA * images, 0, 13.35 * GIGA * images, traffic * GIGA * images, launches)
+
+
+def mixed(images: int) -> Work:
+    return of_images(images, 357.6, 0, 1.019, 1330)
+
+
+def narrow(images: int) -> Work:
+    return of_images(images, 357.6, 0, 0.615, 789)
+
+
+# ViT-L/16 at 224, synthetic batches, H200, torch 2.11: images a second and GPU. docs/scaling.md has the conditions.
+MEASURED = [
+    ("fp32, eager", of_images(64, 0, 357.6, 1.229, 787), 64, Layout(), False, 122),
+    ("bf16-mixed, eager", mixed(128), 128, Layout(), False, 941),
+    ("bf16-mixed, compiled", mixed(256), 256, Layout(), True, 1180),
+    ("DDP on one", mixed(128), 128, Layout("ddp", 1), True, 1116),
+    ("DDP on two", mixed(128), 128, Layout("ddp", 2), True, 1050),
+    ("FSDP2 on one", narrow(128), 128, Layout("fsdp", 1), True, 1144),
+    ("FSDP2 on two", narrow(128), 128, Layout("fsdp", 2), True, 1065),
+]
+
+
+def speed(work: Work, images: int, layout: Layout, compiled: bool) -> float:
+    step = step_time(work, layout, VIT_L, H200, images=images, compiled=compiled, gathered=NARROW, blocks=24)
+    return images / step.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "work", "images", "layout", "compiled", "measured"), MEASURED, ids=lambda v: str(v)[:24]
+)
+def test_measured_speed(name: str, work: Work, images: int, layout: Layout, compiled: bool, measured: float) -> None:
+    assert speed(work, images, layout, compiled) == pytest.approx(measured, rel=0.07)
+
+
+def test_one_gpu_has_no_collectives() -> None:
+    for kind in ("single", "ddp", "fsdp"):
+        assert step_time(mixed(64), Layout(kind), VIT_L, H200, images=64).exposed == 0
+    assert all_reduce(GIGA, Layout(), H200) == gather(GIGA, Layout(), H200) == 0
+
+
+def test_collectives_grow_with_bytes_and_parts() -> None:
+    sizes = [all_reduce(size, Layout("ddp", 8, 4), H200) for size in (1e6, 1e8, 1e10)]
+    assert sizes == sorted(sizes)
+    nodes = [all_reduce(GIGA, Layout("ddp", 8, n), H200) for n in (1, 2, 16, 128)]
+    assert nodes == sorted(nodes)
+    assert ring(GIGA, 2, GIGA, 0) == pytest.approx(0.5)
+    assert ring(GIGA, 1000, GIGA, 0) == pytest.approx(1, rel=0.01), "a ring moves the whole once, however long it is"
+    assert tree(8, 1024, GIGA, 1e-5) < 2 * ring(8, 1024, GIGA, 1e-5), "short messages go by trees"
+
+
+def test_hybrid_shards_spare_the_network() -> None:
+    full, hybrid = (Layout("fsdp", 8, 16, hybrid=on) for on in (False, True))
+    assert gather(GIGA, hybrid, H200) < gather(GIGA, full, H200)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_more_gpus_are_never_slower_in_all_nor_faster_each(kind: object) -> None:
+    assert hasattr(kind, "half")
+    total, each = [], []
+    for number in (1, 2, 4, 8, 16, 64, 256):
+        layout = Layout("ddp", min(8, number), max(1, number // 8)) if number > 1 else Layout()
+        step = step_time(mixed(64), layout, VIT_L, kind, images=64)  # type: ignore[arg-type]
+        total.append(number * 64 / step.seconds)
+        each.append(64 / step.seconds)
+    assert total == sorted(total)
+    assert each == sorted(each, reverse=True)
+
+
+def test_few_cores_make_the_gpu_wait() -> None:
+    slow, fast = (step_time(mixed(128), Layout(), VIT_L, H200, images=128, compiled=True, cores=n) for n in (1, 8))
+    assert fast.waiting == 0
+    assert slow.seconds == pytest.approx(128 / 600)
+
+
+def test_counts() -> None:
+    """Operations by hand: six a weight and token of the layers inside the blocks, and the attention."""
+    recipe = load_recipe("fp32_sdpa", ["quantization.precision=bf16"]).recipe
+    plan = Plan(recipe, 10)
+    _, work = plan.count(8, checkpointing=False, narrow=False)
+    tokens, width, depth = 17, 192, 6
+    products = 3 * 2 * 8 * tokens * 12 * width**2 * depth
+    assert work.half == pytest.approx(products, rel=0.03)
+    assert work.attention == 3.5 * 4 * 8 * depth * tokens**2 * width
+    _, again = plan.count(8, checkpointing=True, narrow=False)
+    assert again.half == pytest.approx((3 + 8 / 12) / 3 * work.half, rel=0.03), "a forward pass more, but for fc2"
+    _, twice = plan.count(16, checkpointing=False, narrow=False)
+    assert twice.half == pytest.approx(2 * work.half, rel=0.01)
+
+
+WORDS = ["protocol=cifar10", "quantization.precision=bf16", "model.kwargs.depth=2"]
+
+
+def test_forecast_of_a_run() -> None:
+    recipe = load_recipe("fp32_sdpa", WORDS).recipe
+    plan = Plan(recipe, 10)
+    one, two = (forecast(recipe, H200, 1, n, plan=plan) for n in (1, 2))
+    assert one.gpu_hours == one.hours
+    assert two.hours < one.hours < two.gpu_hours
+    assert one.fits
+    assert one.images_per_second * one.step.seconds == pytest.approx(recipe.data.batch_size)
+    with pytest.raises(UserError, match="cannot share equally"):
+        forecast(recipe, H200, 1, 7, plan=plan)
+
+
+def test_table_fits_a_terminal_and_says_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "fp32_sdpa", "--gpu", "a100", "--gpus", "1,3,8", *WORDS]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "All predicted for A100" in printed
+    assert "cannot be shared equally" in printed
+    assert "predicted" in table(load_recipe("fp32_sdpa", WORDS).recipe, H200, [1])
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match=r"--gpu v100: not known\. Known are h200"):
+        main(["--recipe", "fp32_sdpa", "--gpu", "v100"])
+    with pytest.raises(UserError, match=r"Give --images TRAIN EVAL"):
+        main(["--recipe", "fp32_sdpa", "protocol=folder", "quantization.precision=bf16"])
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4"),
+     ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA L40S", None)],
+)  # fmt: skip
+def test_names_of_devices(device: str, name: str | None) -> None:
+    found = kind_of(device)
+    assert (found.name if found else None) == name
+    assert gpu_kind("H200") is H200
