@@ -62,10 +62,20 @@ def load(options: argparse.Namespace, machine: Machine, console: Console) -> Rec
     if name is None:
         raise UserError("fit needs `--recipe R`: the name of a variant (int8_sdpa) or a file.")
     loaded = load_recipe(name, options.overrides)
-    recipe, notes = resolve(loaded.recipe, machine)
-    for note in [*loaded.notes, *notes]:
+    settled, tried = _settled(loaded.recipe, machine)
+    recipe, notes = resolve(settled, machine)
+    for note in [*loaded.notes, *tried, *notes]:
         console.print(f"[bold]{'resolved':>13}[/]  {note}", soft_wrap=True)
     return recipe
+
+
+def _settled(recipe: Recipe, machine: Machine) -> tuple[Recipe, list[str]]:
+    """`strategy: auto` by the GPUs' memory; where there is none, nothing heavy is imported for it."""
+    if recipe.strategy.name != "auto" or not machine.gpus:
+        return recipe, []
+    from vit_efficient.engine.settle import settle_strategy
+
+    return settle_strategy(recipe, machine)
 
 
 def place(recipe: Recipe, resume: str, console: Console) -> tuple[Path, Path | None]:

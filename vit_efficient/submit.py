@@ -2,6 +2,7 @@
 
 python -m vit_efficient.submit --recipe R --nodes N --gpus-per-node G --time T [--site site.yaml] [key=value ...]
 python -m vit_efficient.submit status [RUN ...] | logs [-f] RUN | cancel RUN ...
+python -m vit_efficient.submit --estimate --recipe R --gpu h200 [key=value ...]
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
         "and every --recipe; recipes: every --recipe",
     )
     words.add_argument("--dry-run", action="store_true", help="check and show the script; needs no Slurm")
+    words.add_argument(
+        "--estimate",
+        action="store_true",
+        help="predict hours, memory and GPU-hours on 1 to 1,024 GPUs instead: `submit --estimate --help`",
+    )
     return words
 
 
@@ -221,6 +227,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     if words and words[0] in ("status", "logs", "cancel"):
         look_after(words[0], words[1:], console)
+    elif "--estimate" in words:
+        from vit_efficient.engine.trainer import quiet
+
+        quiet()  # before libraries are imported that talk while they are
+        from vit_efficient.measure import forecast
+
+        forecast.main(words)
     else:
         submit(parser().parse_intermixed_args(words), console)
 

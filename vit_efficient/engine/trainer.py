@@ -63,6 +63,7 @@ def quiet() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     for text in (
         ".*does not have many workers.*",
+        ".*The `srun` command is available on your system but is not used.*",
         ".*GPU available but not used.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*Found .* module.s. in eval mode at the start of training.*",

@@ -1,8 +1,8 @@
 """Attention kernels against every other backend, with the floor that the chip sets beside each.
 
-    python -m vit_efficient.benchmark attention --output attention.json                  the shapes of docs/performance.md
-    python -m vit_efficient.benchmark attention --shapes qattn --heads 16 --output figure2.json    QAttn's figure 2
-    python -m vit_efficient.benchmark attention --shapes 1370x64 --tune                  choose tiles here, then measure
+    python -m vit_efficient.benchmark attention --output attention.json             ViT shapes, short to long
+    python -m vit_efficient.benchmark attention --shapes qattn --heads 16           QAttn's figure 2
+    python -m vit_efficient.benchmark attention --shapes 1370x64 --tune             choose tiles here, then measure
 
 Each line is one backend at one shape, queries, keys and values being views of one packed projection in bf16: its median
 time with a cold cache, all backends of a shape in turn, what it does in TFLOP/s (4 B H N^2 E, whatever number format it

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_efficient.attention.sdpa import SdpaConfig
-from vit_efficient.kernels.int8_linear import op
+from vit_efficient.kernels.int8_linear import passes
 from vit_efficient.model.build import Built, build_model
 from vit_efficient.recipe.schema import Recipe
 
@@ -74,12 +74,12 @@ def pretending(watch: TorchDispatchMode | None = None) -> Iterator[None]:
 @contextmanager
 def _whole_matrices() -> Iterator[None]:
     """Integer layers pass over a whole matrix at once, as on a GPU, and not by pieces for a CPU's cache."""
-    own = op.BLOCK
+    own = passes.BLOCK
     try:
-        op.BLOCK = sys.maxsize
+        passes.BLOCK = sys.maxsize
         yield
     finally:
-        op.BLOCK = own
+        passes.BLOCK = own
 
 
 def pretend(model: nn.Module) -> None:
