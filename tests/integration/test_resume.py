@@ -207,7 +207,7 @@ def test_killed_in_other_kinds_of_training(
     """Weights, ranges or adapters, average, optimizer, schedule, generators and samples, to the last bit."""
     words = (*recipe, *small, *where)
     if recipe is QLORA:  # its base first, which is not what is looked at here
-        command("fit", "--recipe", "fp32_sdpa", *small[:2], *where, "optim.epochs=1", "run.dir=base")
+        command("fit", "--recipe", "fp32_sdpa", *small, *where, "run.dir=base")
         words = (*words, "quantization.base=base/model.safetensors")
     compare_with_kills(start_with, words, tmp_path, kills=3)
 
