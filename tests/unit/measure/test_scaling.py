@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vit_efficient.errors import UserError
@@ -10,6 +12,7 @@ from vit_efficient.measure.gpus import H200, KINDS, gpu_kind, kind_of
 from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.memory import Plan
 from vit_efficient.measure.scaling import all_reduce, gather, ring, step_time, tree
+from vit_efficient.measure.scaling_plot import draw, scaling_figure
 from vit_efficient.measure.work import Work
 from vit_efficient.recipe.load import load_recipe
 
@@ -150,3 +153,11 @@ def test_names_of_devices(device: str, name: str | None) -> None:
     found = kind_of(device)
     assert (found.name if found else None) == name
     assert gpu_kind("H200") is H200
+
+
+def test_the_plot_holds_curves_and_points(tmp_path: Path) -> None:
+    plan = Plan(load_recipe("fp32_sdpa", WORDS).recipe, 10)
+    figure = scaling_figure(plan, H200, {"DDP": {1: 1116.0, 2: 1050.0}}, images=8)
+    assert len(figure.axes[0].lines) == 4
+    draw(plan, H200, {}, tmp_path / "plot.png", images=8)
+    assert (tmp_path / "plot.png").stat().st_size > 5000
