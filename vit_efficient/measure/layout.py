@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vit_efficient.parallel.config import ZERO_BUCKET
+
 Kind = Literal["single", "ddp", "fsdp", "deepspeed"]
-# DeepSpeed's own default of `reduce_bucket_size`: numbers in a buffer, of which it allocates two (`overlap_comm`).
-ZERO_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layout:
         stage: of `deepspeed`: optimizer states (1), gradients too (2), parameters too (3) are sharded.
         offload_states: gradients (of `fsdp`) and optimizer states lie in the host's memory.
         offload_weights: sharded parameters as well.
-        bucket: of `deepspeed`, the numbers that are reduced at once.
+        bucket: of `deepspeed`, the numbers that are reduced at once; it allocates two buffers of them.
     """
 
     kind: Kind = "single"

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 
 from vit_efficient.parallel import zero
-from vit_efficient.parallel.config import DeepspeedConfig
+from vit_efficient.parallel.config import ZERO_BUCKET, DeepspeedConfig
 from vit_efficient.parallel.named import by_name, by_position
 from vit_efficient.parallel.scaling import LossScale
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-BUCKET = 25_000_000
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -57,8 +56,8 @@ def deepspeed_config(config: DeepspeedConfig) -> dict[str, Any]:
         "contiguous_gradients": True,
         "overlap_comm": True,
         # Elements. DeepSpeed makes two buffers of the first size, whatever the model's, and its default is 500 million.
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        "reduce_bucket_size": ZERO_BUCKET,
+        "allgather_bucket_size": ZERO_BUCKET,
         # Of stage 3: weights are let go once used. By default those that return within a billion elements are kept,
         # which in most ViTs are all of them.
         "stage3_max_reuse_distance": 0,

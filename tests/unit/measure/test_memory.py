@@ -159,11 +159,11 @@ def test_what_cannot_be_estimated_is_refused_with_a_reason() -> None:
 
 
 def test_pretending_leaves_nothing_behind() -> None:
-    from vit_efficient.kernels.int8_linear import op
+    from vit_efficient.kernels.int8_linear import passes
 
-    block = op.BLOCK
+    block = passes.BLOCK
     estimate_recipe(recipe_of("int4_sdpa"), 10)
-    assert block == op.BLOCK
+    assert block == passes.BLOCK
     model = build_model(recipe_of("int4_sdpa"), 10).model.eval()  # the code books that it needs are real ones
     assert torch.isfinite(model(torch.randn(2, 3, 32, 32))).all()
 
