@@ -12,10 +12,11 @@ import pytest
 from vit_efficient.machine import Gpu, Machine
 from vit_efficient.recipe import files
 from vit_efficient.recipe.compat import check, resolve
-from vit_efficient.recipe.document import TARGET, document
+from vit_efficient.recipe.document import SUPPORT, TARGET, document
 from vit_efficient.recipe.load import dump_recipe, load_recipe
 from vit_efficient.recipe.schema import VARIANT_SECTIONS, Recipe
 from vit_efficient.recipe.shape import all_keys
+from vit_efficient.recipe.support import page
 
 VARIANTS = (
     "fp32_sdpa", "int8_sdpa", "int8_flash2", "int8_static_sdpa", "w4a8_sdpa", "fp8_sdpa", "int4_sdpa", "int4_flash2",
@@ -91,6 +92,7 @@ def test_every_file_opens_with_what_to_expect(path: Path) -> None:
 
 def test_the_documentation_is_up_to_date() -> None:
     assert TARGET.read_text(encoding="utf-8") == document(), "run `make docs`"
+    assert SUPPORT.read_text(encoding="utf-8") == page(), "run `make docs`"
 
 
 def test_every_key_is_documented() -> None:

@@ -20,8 +20,10 @@ from vit_efficient.config import Config
 from vit_efficient.recipe import files
 from vit_efficient.recipe.explain import LABELS, OWNERS
 from vit_efficient.recipe.shape import ROOT, Section, configs, expected, tag
+from vit_efficient.recipe.support import page
 
 TARGET = Path(__file__).parents[2] / "docs" / "recipes.md"
+SUPPORT = TARGET.with_name("support.md")
 
 INTRO = """\
 # Recipes
@@ -176,20 +178,21 @@ def _default(info: FieldInfo) -> str:
 
 
 def main() -> int:
-    """Write the page, or with ``--check`` compare it. Returns 1 where it is out of date."""
+    """Write the pages, or with ``--check`` compare them. Returns 1 where one is out of date."""
     parser = argparse.ArgumentParser(prog="python -m vit_efficient.recipe.document", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
-    wanted = document()
-    if not parser.parse_args().check:
-        TARGET.write_text(wanted, encoding="utf-8")
-        return 0
-    found = TARGET.read_text(encoding="utf-8") if TARGET.is_file() else ""
-    changes = difflib.unified_diff(found.splitlines(), wanted.splitlines(), str(TARGET), "the schema", lineterm="")
-    for line in changes:
-        print(line)
-    if found != wanted:
-        print("docs/recipes.md is out of date; run `make docs`.", file=sys.stderr)
-    return int(found != wanted)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
+    checked, stale = parser.parse_args().check, 0
+    for target, wanted in ((TARGET, document()), (SUPPORT, page())):
+        if not checked:
+            target.write_text(wanted, encoding="utf-8")
+            continue
+        found = target.read_text(encoding="utf-8") if target.is_file() else ""
+        for line in difflib.unified_diff(found.splitlines(), wanted.splitlines(), str(target), "now", lineterm=""):
+            print(line)
+        if found != wanted:
+            print(f"docs/{target.name} is out of date; run `make docs`.", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
