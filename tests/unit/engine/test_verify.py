@@ -17,7 +17,7 @@ from vit_efficient.engine.backends import Backend, definition, integer_layers, o
 from vit_efficient.engine.tally import Tally, VerifyResult
 from vit_efficient.engine.verify import run_verify
 from vit_efficient.errors import UserError
-from vit_efficient.kernels.int8_linear import op, reference
+from vit_efficient.kernels.int8_linear import op, passes, reference
 from vit_efficient.quantization.int8_layers import DeployedInt8
 
 Make = Callable[..., nn.Module]
@@ -96,7 +96,7 @@ def test_another_rounding_in_one_layer_is_caught_and_named(integer_model: Make) 
 
 def test_another_rounding_everywhere_is_caught(integer_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = integer_model()
-    monkeypatch.setattr(op, "quantize_rows", floor_rows)
+    monkeypatch.setattr(passes, "quantize_rows", floor_rows)
     result, _ = verify(model)
     assert {layer for _, layer, _ in result.failures} >= set(integer_layers(model))
     assert result.failures[0][1] == next(iter(integer_layers(model)))
