@@ -182,6 +182,20 @@ def test_codes_of_shifted_and_smoothed_columns(
                 assert (codes.int() - expected.int()).abs().max() <= 1
 
 
+def test_ties_show_that_smoothed_columns_are_divided(device: torch.device) -> None:
+    """Half codes times odd numbers, less a shift: the two roundings of the definition, and no others."""
+    scale, outputs = torch.tensor([0.25], device=device), 128
+    smooth = torch.arange(3, 259, 2, device=device).float()
+    shift = torch.randint(-500, 500, (outputs,), device=device).float()
+    one = layer("int8", 5, 64, outputs, device)
+    one.q.zero_()
+    for _ in range(4):
+        half = (torch.randint(-140, 140, (outputs,), device=device) + 0.5) * smooth * scale
+        now = one._replace(bias=half + shift)
+        codes, _ = launch.linear_quant(*now, False, scale, "int8", False, shift, smooth, smooth.reciprocal())
+        assert torch.equal(codes, reference.requantized(now.product(), one.scale, scale, "int8", shift, smooth)[0])
+
+
 def test_shifted_and_smoothed_columns_of_strided_rows(device: torch.device) -> None:
     scale = torch.tensor([0.0213], device=device)
     one = layer("int8", 65, 160, 80, device)

@@ -91,6 +91,18 @@ def test_ties_go_to_even_under_a_given_scale(device: torch.device) -> None:
     same_codes(codes, reference.quantize(x, "int8", scale)[0])
 
 
+def test_ties_show_that_smoothing_divides(device: torch.device) -> None:
+    """Half codes times odd numbers: a product with the rounded reciprocal would miss many of the ties."""
+    scale = torch.tensor([0.25], device=device)
+    smooth = torch.arange(3, 259, 2, device=device).float()
+    x = (torch.randint(-140, 140, (64, len(smooth)), device=device) + 0.5) * smooth * scale
+    codes, _ = kernels.quantize(x, "int8", scale, None, smooth, smooth.reciprocal())
+    expected = reference.quantize(x, "int8", scale, None, smooth)[0]
+    same_codes(codes, expected)
+    by_product = reference.quantize(x * smooth.reciprocal(), "int8", scale)[0]
+    assert (by_product != expected).float().mean() > 0.01
+
+
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_a_given_range_leaves_out(dtype: torch.dtype, form: str, device: torch.device) -> None:
