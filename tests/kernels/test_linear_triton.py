@@ -150,6 +150,61 @@ def test_gelu_and_its_codes(rows: int, form: str, device: torch.device) -> None:
             assert (codes.int() - expected.int()).abs().max() <= 1
 
 
+def columns(outputs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift, smoothing and its reciprocal: numbers a column, not next to each other in memory."""
+    shift, smooth = torch.randn(outputs, 2, device=device)[:, 0], torch.rand(outputs, 2, device=device)[:, 1] * 4 + 1e-3
+    return shift, smooth, smooth.reciprocal()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", TOKENS)
+@pytest.mark.parametrize("absent", [(), ("shift",), ("smooth",)])
+def test_codes_of_shifted_and_smoothed_columns(
+    absent: tuple[str, ...], rows: int, form: str, device: torch.device
+) -> None:
+    scale = torch.tensor([0.0213], device=device)
+    for size in SIZES:
+        one = layer(form, rows, *size, device)
+        one.bias[0], one.bias[-1] = 3e38, -1e30  # beyond every code, and beyond float32 where divided first
+        shift, smooth, reciprocal = columns(size[1], device)
+        shift = None if "shift" in absent else shift
+        smooth, reciprocal = (None, None) if "smooth" in absent else (smooth, reciprocal)
+        for gelu in (False, True):
+            y = reference.gelu(one.product()) if gelu else one.product()
+            codes, scales = launch.linear_quant(*one, gelu, scale, form, False, shift, smooth, reciprocal)
+            expected, expected_scales = reference.requantized(y, one.scale, scale, form, shift, smooth)
+            exact = form == "int8" and not gelu
+            if form == "fp8":
+                codes, expected = codes[:, 1:], expected[:, 1:]  # what is beyond float32 has no code there
+            check_codes(codes, expected, least=1.0 if exact else 0.999)
+            close_scales(scales, expected_scales, exact=True)
+            if form == "int8":
+                assert (codes.int() - expected.int()).abs().max() <= 1
+
+
+def test_ties_show_that_smoothed_columns_are_divided(device: torch.device) -> None:
+    """Half codes times odd numbers, less a shift: the two roundings of the definition, and no others."""
+    scale, outputs = torch.tensor([0.25], device=device), 128
+    smooth = torch.arange(3, 259, 2, device=device).float()
+    shift = torch.randint(-500, 500, (outputs,), device=device).float()
+    one = layer("int8", 5, 64, outputs, device)
+    one.q.zero_()
+    for _ in range(4):
+        half = (torch.randint(-140, 140, (outputs,), device=device) + 0.5) * smooth * scale
+        now = one._replace(bias=half + shift)
+        codes, _ = launch.linear_quant(*now, False, scale, "int8", False, shift, smooth, smooth.reciprocal())
+        assert torch.equal(codes, reference.requantized(now.product(), one.scale, scale, "int8", shift, smooth)[0])
+
+
+def test_shifted_and_smoothed_columns_of_strided_rows(device: torch.device) -> None:
+    scale = torch.tensor([0.0213], device=device)
+    one = layer("int8", 65, 160, 80, device)
+    one = one._replace(q=one.q[::2, 3:99], scale=one.scale[::2], weight=one.weight[:, :96])
+    vectors = columns(80, device)
+    codes, _ = launch.linear_quant(*one, False, scale, "int8", False, *vectors)
+    assert torch.equal(codes, reference.requantized(one.product(), one.scale, scale, "int8", *vectors[:2])[0])
+
+
 def test_gelu_is_as_exact_as_pytorchs(device: torch.device) -> None:
     y = torch.linspace(-12, 12, 4001, device=device)
     one = torch.ones(1, 16, dtype=torch.int8, device=device), torch.zeros(1, 1, device=device)
@@ -237,6 +292,10 @@ def test_shipped_tiles_at_the_shapes_of_a_vit_l(rows: int, form: str, shipped: N
         codes, _ = launch.linear_quant(*one, True, scale, form, fast)
         expected, _ = reference.requantized(reference.gelu(one.product()), one.scale, scale, form)
         check_codes(codes, expected, least=0.9999)
+        vectors = columns(4096, device)
+        codes, _ = launch.linear_quant(*one, True, scale, form, fast, *vectors)
+        y = reference.gelu(one.product())
+        check_codes(codes, reference.requantized(y, one.scale, scale, form, *vectors[:2])[0], least=0.9999)
         tokens = 197 if rows == 197 else 100
         one = layer(form, rows, 1024, 3072, device)
         y = reference.heads_first(one.product(), tokens, 16, 3)

@@ -64,11 +64,43 @@ def test_codes_are_those_of_the_definition(
         same_codes(codes[whole], expected[whole])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("count", ROWS)
+def test_codes_of_shifted_and_smoothed_columns(
+    count: int, static: bool, form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    scale = torch.tensor([0.0213], device=device) if static else None
+    for width in WIDTHS:
+        x = rows(count, 2 * width, dtype, device)[:, width:]
+        shift, smooth = torch.randn(width, device=device), torch.rand(width, device=device) * 4 + 1e-3
+        for one, other in ((shift, None), (None, smooth), (shift, smooth)):
+            reciprocal = None if other is None else other.reciprocal()
+            codes, scales = kernels.quantize(x, form, scale, one, other, reciprocal)
+            expected, expected_scales = reference.quantize(x, form, scale, one, other)
+            same_scales(scales, expected_scales)
+            whole = ~expected_scales.isnan().squeeze(1)
+            same_codes(codes[whole], expected[whole])
+
+
 def test_ties_go_to_even_under_a_given_scale(device: torch.device) -> None:
     scale = torch.tensor([0.0213], device=device)
     x = torch.randint(-300, 300, (64, 1024)).to(device) / 2 * scale
     codes, _ = kernels.quantize(x, "int8", scale)
     same_codes(codes, reference.quantize(x, "int8", scale)[0])
+
+
+def test_ties_show_that_smoothing_divides(device: torch.device) -> None:
+    """Half codes times odd numbers: a product with the rounded reciprocal would miss many of the ties."""
+    scale = torch.tensor([0.25], device=device)
+    smooth = torch.arange(3, 259, 2, device=device).float()
+    x = (torch.randint(-140, 140, (64, len(smooth)), device=device) + 0.5) * smooth * scale
+    codes, _ = kernels.quantize(x, "int8", scale, None, smooth, smooth.reciprocal())
+    expected = reference.quantize(x, "int8", scale, None, smooth)[0]
+    same_codes(codes, expected)
+    by_product = reference.quantize(x * smooth.reciprocal(), "int8", scale)[0]
+    assert (by_product != expected).float().mean() > 0.01
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

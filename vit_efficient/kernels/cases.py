@@ -35,7 +35,14 @@ def block_layers(batch: int, tokens: int, width: int, hidden: int) -> dict[str, 
 
 
 def linear_case(
-    operator: str, form: str, shape: Shape, device: torch.device, *, tokens: int | None = None, head_width: int = 64
+    operator: str,
+    form: str,
+    shape: Shape,
+    device: torch.device,
+    *,
+    tokens: int | None = None,
+    head_width: int = 64,
+    smoothed: bool = False,
 ) -> Callable[[], object]:
     """A call of one form at one shape, scales a row and a column, bias, bfloat16 where it is not codes.
 
@@ -46,6 +53,8 @@ def linear_case(
         device: where.
         tokens: rows of an image, where the form lays out heads; None: all rows.
         head_width: columns of a head there.
+        smoothed: whether codes of the output are made after a shift and a smoothing of each column, where codes are
+            made under a given scale.
     """
     kind = operator.partition("_")[0]
     accumulation: op.Accumulation = "fast" if operator.endswith("_fast") else "full"
@@ -60,7 +69,14 @@ def linear_case(
         return lambda: op.linear(*operands, dtype=bf16, gelu=form == "gelu", accumulation=accumulation)
     if form in ("quant", "gelu_quant"):
         given, gelu = torch.tensor([0.05], device=device), form == "gelu_quant"
-        return lambda: op.linear_quant(*operands, given, form=kind, gelu=gelu, accumulation=accumulation)
+        vectors: dict[str, Tensor] = {}
+        if smoothed:
+            shift_N, smooth_N = (
+                torch.randn(shape.outputs, device=device),
+                torch.rand(shape.outputs, device=device) + 0.5,
+            )
+            vectors = {"shift_N": shift_N, "smooth_N": smooth_N, "reciprocal_N": 1 / smooth_N}
+        return lambda: op.linear_quant(*operands, given, form=kind, gelu=gelu, accumulation=accumulation, **vectors)
     if form == "residual":
         residual = torch.randn(shape.rows, shape.outputs, device=device, dtype=bf16)
         return lambda: op.linear_residual(*operands, residual, accumulation=accumulation)

@@ -54,10 +54,25 @@ def quantize_rows(y, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def quantize_given(y, scale, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
-    """Codes of y under one scale, a float32 scalar. Clamped before the division, which infinities would not survive."""
+def quantize_given(y, scale, LARGEST: tl.constexpr, INTEGER: tl.constexpr, smooth=None, reciprocal=None):
+    """Codes of y, or of ``y / smooth``, under one scale, a float32 scalar; `reciprocal` is ``1 / smooth``, rounded.
+
+    Clamped once, before the first division, which infinities would not survive: what is cut off has the last code,
+    and so has the limit, whose quotients round to within a few units in the last place of LARGEST.
+    """
     limit = LARGEST * scale
-    return encode(divide(tl.minimum(tl.maximum(y, -limit), limit), scale, tl.div_rn(1.0, scale)), INTEGER)
+    if smooth is not None:
+        limit = limit * smooth
+    y = tl.minimum(tl.maximum(y, -limit), limit)
+    if smooth is not None:
+        y = divide(y, smooth, reciprocal)
+    return encode(divide(y, scale, tl.div_rn(1.0, scale)), INTEGER)
+
+
+@triton.jit
+def of_columns(vector, column, used, other):
+    """A number a column, as a row that broadcasts."""
+    return tl.load(vector + column, mask=used, other=other)[None, :]
 
 
 @triton.jit
@@ -75,13 +90,18 @@ def given_scales(y, scale, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def quantize_block(y, scale, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
-    """Codes and scales of whole rows: their own (`token`), or under the one that the pointer `scale` holds."""
+def quantize_block(
+    y, scale, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, smooth=None, reciprocal=None
+):
+    """Codes and scales of whole rows, or of ``y / smooth``: their own (`token`), or under the one that the pointer
+    `scale` holds."""
     if QUANT == "token":
+        if smooth is not None:
+            y = divide(y, smooth, reciprocal)
         codes, scales = quantize_rows(y, LARGEST, INTEGER)
     else:
         given = tl.load(scale)
-        codes = quantize_given(y, given, LARGEST, INTEGER)
+        codes = quantize_given(y, given, LARGEST, INTEGER, smooth, reciprocal)
         scales = given_scales(y, given, INTEGER)
     return codes, scales
 

@@ -43,6 +43,11 @@ def row_launch(rows: int, columns: int, device: torch.device) -> RowLaunch:
     return RowLaunch(-(-rows // together), together, block, warps)
 
 
+def vector(x: Tensor | None) -> Tensor | None:
+    """A number a column, neighbours in memory, or None."""
+    return None if x is None else x.contiguous()
+
+
 def with_rows(x: Tensor) -> Tensor:
     """A matrix whose columns are neighbours in memory; its rows may be any distance apart."""
     return x if x.stride(1) == 1 else x.contiguous()

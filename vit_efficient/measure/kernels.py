@@ -100,6 +100,9 @@ def linear_lines(ops: Sequence[str], batch: int, tokens: int, width: int, hidden
         for op in ops:
             for each in ("plain", form):
                 variants[f"{op} {each}"] = each, linear_case(op, each, shape, device, tokens=tokens)
+            if form == "gelu_quant":
+                smoothed = linear_case(op, form, shape, device, tokens=tokens, smoothed=True)
+                variants[f"{op} {form} smoothed"] = form, smoothed
         for kind in kinds:
             name = {"int8": "torch._int_mm", "fp8": "torch._scaled_mm fast"}[kind]
             if kind != "int8" or shape.rows > 16:

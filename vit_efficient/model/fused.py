@@ -10,7 +10,6 @@ Shapes: B batch, N tokens, D width, H heads, E head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from vit_efficient.attention.modules import Arguments, SelfAttention
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.int8_attention.op import int8_attend
 from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.model.fuse_report import FuseReport
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
 from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
 from vit_efficient.quantization.int8_attention import Int8Attend
@@ -33,31 +33,6 @@ HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class FuseReport:
-    """What `fuse_blocks` did.
-
-    Args:
-        fused: names of the blocks that are fused.
-        left: why each of the others is not, by its name.
-    """
-
-    fused: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def lines(self) -> list[str]:
-        """For a person to read: ``24 of 24 blocks fused``, and a line for each reason why some are not."""
-        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.left)} blocks fused"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
-            reasons.setdefault(reason, []).append(name)
-        return lines + [f"not fused: {_span(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _span(names: list[str]) -> str:
-    return ", ".join(names) if len(names) < 4 else f"{names[0]} .. {names[-1]} ({len(names)})"
 
 
 class FusedBlock(nn.Module):
@@ -137,7 +112,7 @@ class FusedBlock(nn.Module):
         if gate is None:
             return self.attn_output(y_BND)
         y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
-        return self.views["attn.proj"].codes(y_BND * gate.sigmoid())
+        return self.views["attn.proj"].codes(y_BND * gate.sigmoid(), self.attn_output.reciprocal)
 
     def _attends_codes(self) -> bool:
         """Whether projections can end in the codes that integer attention multiplies: nothing lies between the two."""
@@ -170,15 +145,41 @@ class FusedBlock(nn.Module):
             k, v, *_ = attn.padding.readable(k, v, None, None)
             k_scale, v_scale, *_ = attn.padding.readable(k_scale, v_scale, None, None)
         # A given scale of the projection behind it: attention ends in that one's codes.
-        ends_in = proj.input_scale if proj.form == "int8" and proj.plain_input and self._straight_to_proj() else None
-        y_BHNE = int8_attend(
-            q, k, v, q_scale, k_scale, v_scale, scale=attn.scale, out_scale=ends_in, dtype=dtype
-        )  # fmt: skip
+        ends_in = proj.input_scale if self._attention_apart() is None else None
+        y_BHNE = int8_attend(q, k, v, q_scale, k_scale, v_scale, scale=attn.scale, out_scale=ends_in, dtype=dtype)
         y_BND = y_BHNE.transpose(1, 2).flatten(2)
         return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
 
-    def _straight_to_proj(self) -> bool:
-        return _is_identity(self.attn.norm)
+    def _attention_apart(self) -> str | None:
+        """Why attention cannot end in the codes of the last projection; None: it can."""
+        proj = self.views["attn.proj"]
+        if "gate" in self.readers:
+            return "a gate multiplies what attention gives"
+        if not self._attends_codes():
+            return "attention ends in floating point"
+        if not _is_identity(self.attn.norm):
+            return "a norm lies between attention and it"
+        if proj.form != "int8" or proj.input_scale is None:
+            return "integer attention ends in int8 codes under a given scale only (hybrid and static have one)"
+        return None if proj.plain_input else "integer attention ends in codes under a scale alone: no shift, no smooth"
+
+    def _mlp_apart(self) -> str | None:
+        """Why the wide layer cannot end in the codes of the narrow one; None: it can."""
+        if not isinstance(self.mlp, Mlp):
+            return "a gate multiplies what enters it"
+        if not _is_gelu(self.mlp.act):
+            return "no product ends in this activation"
+        return self.views["mlp.fc1"].apart(self.views["mlp.fc2"])
+
+    def passes(self) -> dict[str, str]:
+        """Layers whose input a pass of its own quantizes on a GPU, and not the kernel that makes it; and why."""
+        entering = [*self.attn_input.apart(), *self.mlp_input.apart()]
+        names = [f"attn.{name}" for name in self.readers] + [f"mlp.{name}" for name in self.widening]
+        reasons = dict(zip(names, entering, strict=True))
+        straight = self.attn_output.identity or "gate" in self.readers
+        reasons["attn.proj"] = self._attention_apart() if straight else self.attn_output.apart
+        reasons["mlp.fc2"] = self._mlp_apart() if self.mlp_output.identity else self.mlp_output.apart
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def _bias(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """A bias that EVA and BEiT hold apart: as the projection's own, where it has none; or to be added after it."""
@@ -191,7 +192,8 @@ class FusedBlock(nn.Module):
         wide = [self.views[f"mlp.{name}"] for name in self.widening]
         if _is_gelu(mlp.act) and isinstance(mlp, Mlp):
             if isinstance(mlp.norm, nn.Identity):
-                return fc2.add_output(wide[0].output_gelu_codes(codes[0], fc2, dtype), x_BND, self._layer_scale(2))
+                entering = wide[0].output_gelu_codes(codes[0], fc2, dtype, self.mlp_output.reciprocal)
+                return fc2.add_output(entering, x_BND, self._layer_scale(2))
             h = wide[0].output_gelu(codes[0], dtype)
         else:
             h = self._activate([layer.output(one, dtype) for layer, one in zip(wide, codes, strict=True)])
@@ -249,13 +251,16 @@ def fuse_blocks(model: nn.Module) -> FuseReport:
         full = f"blocks.{name}"
         if isinstance(block, FusedBlock):
             report.fused.append(full)
+            report.passes[full] = block.passes()
             continue
         views = _read(block)
         if isinstance(views, str):
             report.left[full] = views
             continue
-        setattr(blocks, name, FusedBlock(block, views))
+        fused = FusedBlock(block, views)
+        setattr(blocks, name, fused)
         report.fused.append(full)
+        report.passes[full] = fused.passes()
     return report
 
 

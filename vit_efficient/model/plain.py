@@ -92,10 +92,12 @@ def quantize_model(
     for line in lines:
         logger.info(line)
     if fuse and quantization.name in ("int8", "fp8"):
-        first, *rest = fuse_blocks(model).lines()
-        logger.info(first)
-        for line in rest:
+        fused = fuse_blocks(model)
+        logger.info(fused.count())
+        for line in fused.reasons():
             logger.warning(line)
+        for line in fused.apart():
+            logger.info(line)
     return model
 
 

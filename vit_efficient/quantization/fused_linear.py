@@ -51,9 +51,13 @@ class FusedLinear:
 
     @property
     def plain_input(self) -> bool:
-        """Whether a kernel that holds a row can make the codes: one scale a token or a given one, nothing subtracted
-        from the input and nothing that it is divided by."""
+        """Whether codes need a scale alone: nothing is subtracted from the input, and it is divided by nothing."""
         return self.activations != "tensor" and not self.shifts and not self.smooths
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+        """`shift` and `smooth` (K,) of the input, each if there is one."""
+        return self.layer.shift, getattr(self.layer, "smooth", None)
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -68,10 +72,11 @@ class FusedLinear:
         pairs.append((self.input_scale, other.input_scale))
         return all((a is None and b is None) or (a is not None and b is not None and a.equal(b)) for a, b in pairs)
 
-    def codes(self, x: Tensor) -> Codes:
-        """Quantize an input (..., K): what the layer itself would do to it."""
-        if self.plain_input:
-            return Codes(*quantization.quantize(x, self.form, self.input_scale))
+    def codes(self, x: Tensor, reciprocal: Tensor | None = None) -> Codes:
+        """Quantize an input (..., K): what the layer itself would do to it. `reciprocal` is ``1 / smooth``, if it is
+        at hand."""
+        if self.activations != "tensor":
+            return Codes(*quantization.quantize(x, self.form, self.input_scale, *self.vectors, reciprocal))
         values, scale = self.layer.codes(x)
         return Codes(values.view(x.shape), scale if scale.numel() == 1 else scale.view(*x.shape[:-1], 1))
 
@@ -104,14 +109,28 @@ class FusedLinear:
             *self._operands(x), self.layer.bias, dtype=dtype, gelu=True, accumulation=self.accumulation
         )
 
-    def output_gelu_codes(self, x: Codes, following: FusedLinear, dtype: torch.dtype) -> Codes:
+    def apart(self, following: FusedLinear) -> str | None:
+        """Why the product cannot end in the codes of the layer that follows; None: it can."""
+        if following.activations == "tensor":
+            return "one scale for the whole tensor is known only when all of it is there"
+        if following.input_scale is None:
+            return "a token's own scale is known only when its whole row is there (hybrid and static have given ones)"
+        return "the weight before it has groups, which are products of their own" if self.grouped else None
+
+    def output_gelu_codes(
+        self, x: Codes, following: FusedLinear, dtype: torch.dtype, reciprocal: Tensor | None = None
+    ) -> Codes:
         """The layer, then GELU, then the codes of the layer that follows; `dtype` is rounded to on the way only where
-        the following layer chooses its scales in each forward."""
-        scale = following.input_scale
-        if scale is None or self.grouped or not following.plain_input:
-            return following.codes(self.output_gelu(x, dtype))
-        options = {"form": following.form, "gelu": True, "accumulation": self.accumulation}
-        return Codes(*linear.linear_quant(*self._operands(x), self.layer.bias, scale, **options))  # type: ignore[arg-type]
+        `apart` says why. `reciprocal` is one over the following layer's `smooth`, if it is at hand."""
+        if self.apart(following) is not None:
+            return following.codes(self.output_gelu(x, dtype), reciprocal)
+        scale, (shift, smooth) = following.input_scale, following.vectors
+        assert scale is not None
+        made = linear.linear_quant(
+            *self._operands(x), self.layer.bias, scale, shift_N=shift, smooth_N=smooth, reciprocal_N=reciprocal,
+            form=following.form, gelu=True, accumulation=self.accumulation,
+        )  # fmt: skip
+        return Codes(*made)
 
     def add_output(self, x: Codes, residual: Tensor, gamma: Tensor | None) -> Tensor:
         """``residual + gamma * layer``: (..., N) in the residual's dtype. `gamma` (N,) is the layer scale, or None."""

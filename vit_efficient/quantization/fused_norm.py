@@ -19,7 +19,8 @@ class NormCodes(nn.Module):
 
     What calibration made of the layer's input, ``(y - shift) / smooth``, is then part of the norm's own weight and
     bias: ``y = n * weight + bias`` becomes ``n * (weight / smooth) + (bias - shift) / smooth``, equal but for rounding.
-    On a CPU each step runs by itself, as without fusion.
+    On a CPU each step runs by itself, as without fusion. Behind an identity there is nothing to fold into: the kernel
+    that makes the codes takes shift and smoothing, and `reciprocal`, which is ``1 / smooth``, made once.
 
     Args:
         norm: of the last dimension, or an identity. It stays where it is in the model; this only looks at it.
@@ -28,6 +29,7 @@ class NormCodes(nn.Module):
 
     weight: Tensor | None
     bias: Tensor | None
+    reciprocal: Tensor | None
 
     def __init__(self, norm: nn.Module, layer: FusedLinear) -> None:
         super().__init__()
@@ -36,16 +38,33 @@ class NormCodes(nn.Module):
         self.folds = self.one_pass and (layer.shifts or layer.smooths)
         self.register_buffer("weight", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
+        self.register_buffer("reciprocal", None, persistent=False)
         self.fold()
+
+    @property
+    def identity(self) -> bool:
+        """Whether there is no norm."""
+        return isinstance(self.held[0], nn.Identity)
+
+    @property
+    def apart(self) -> str | None:
+        """Why the norm cannot end in codes; None: it does, or it is an identity."""
+        norm, layer = self.held
+        if self.one_pass or self.identity:
+            return None
+        if layer.activations == "tensor":
+            return "one scale for the whole tensor is known only when all of it is there"
+        return f"{type(norm).__name__} is not a LayerNorm"
 
     @torch.no_grad()
     def fold(self) -> None:
         """Take shift and smoothing into the norm, from what both are now."""
         norm, layer = self.held
+        shift, smooth = layer.vectors
         if not self.folds:
+            self.reciprocal = None if smooth is None else smooth.reciprocal()
             return
         assert isinstance(norm, nn.LayerNorm)
-        shift, smooth = layer.layer.shift, getattr(layer.layer, "smooth", None)
         one = torch.ones(norm.normalized_shape, device=(shift if smooth is None else smooth).device)  # type: ignore[union-attr]
         smooth = one if smooth is None else smooth
         weight = one if norm.weight is None else norm.weight.to(torch.float32)
@@ -56,18 +75,18 @@ class NormCodes(nn.Module):
         """(..., D) to its codes."""
         norm, layer = self.held
         if not (self.one_pass and x.is_cuda):
-            return layer.codes(norm(x))
+            return layer.codes(norm(x), self.reciprocal)
         assert isinstance(norm, nn.LayerNorm)
         affine = (self.weight, self.bias) if self.folds else (norm.weight, norm.bias)
         return Codes(*layernorm_quant(x, *affine, norm.eps, layer.form, layer.input_scale))
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Move; the folded vectors stay float32, whatever dtype the model is cast to."""
-        before = self.weight, self.bias
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, old in zip(("weight", "bias"), before, strict=True):
-            new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         return self
 
@@ -90,6 +109,11 @@ class SharedNormCodes(nn.Module):
             if same == len(first):
                 first.append(layer)
         self.made = nn.ModuleList(NormCodes(norm, layer) for layer in first)
+
+    def apart(self) -> list[str | None]:
+        """`NormCodes.apart` for each layer."""
+        reasons = [norm.apart for norm in self.made if isinstance(norm, NormCodes)]
+        return [reasons[index] for index in self.which]
 
     def forward(self, x: Tensor) -> list[Codes]:
         """(..., D) to the codes for each layer, in their order."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vit_efficient.kernels.int8_linear.op import output_dtype, quantize_activations
 from vit_efficient.kernels.int8_linear.scheme import Scheme
+from vit_efficient.kernels.quantize.reference import smoothed
 from vit_efficient.quantization.stored import StoredInt8
 
 FLOAT32 = ("shift", "smooth", "input_scale", "weight_scale", "log_input_scale", "log_weight_scale")
@@ -59,9 +60,7 @@ class IntegerLayer(nn.Module):
 
     def smoothed(self, x: Tensor) -> Tensor:
         """The input (..., K) that is quantized: less `shift`, divided by `smooth`, each rounded to float32."""
-        if self.shift is not None:
-            x = x.to(torch.float32) - self.shift
-        return x if self.smooth is None else x.to(torch.float32) / self.smooth
+        return smoothed(x, self.shift, self.smooth)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the product: int8 codes (M, K) and their scales (M, 1) float32.

@@ -22,5 +22,6 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out.splitlines() == [
         "11 of 12 blocks fused",
         "not fused: blocks.0: attn.qkv is kept in floating point",
+        "quantized apart: input of attn.proj in blocks.1 .. blocks.11 (11): attention ends in floating point",
     ]
     assert (tmp_path / "quantized.pt2").is_file()

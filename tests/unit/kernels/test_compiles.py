@@ -53,6 +53,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], chip
 
 LINEAR = [
     ("sm_90", "int8_linear", "plain"), ("sm_90", "int8_linear", "gelu_quant"), ("sm_90", "int8_linear", "residual"),
+    ("sm_90", "int8_linear", "gelu_quant smooth"), ("sm_80", "int8_linear", "gelu_quant smooth"),
     ("sm_90", "int8_linear", "heads_quant"), ("sm_90", "fp8_linear_fast", "gelu_quant"),
     ("sm_90", "fp8_linear", "residual"), ("sm_89", "fp8_linear", "gelu_quant"), ("sm_89", "int8_linear", "heads_quant"),
     ("sm_80", "int8_linear", "gelu_quant"), ("sm_80", "int8_linear", "residual"),
@@ -61,6 +62,7 @@ LINEAR = [
 
 @pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
 def test_linear_layers(chip: str, op: str, name: str) -> None:
+    name, _, vectors = name.partition(" ")
     found = pick(_shipped()[chip], f"{op}.{name}", Shape(50432, 1024, 3072))
     assert found is not None
     form = Form(
@@ -82,6 +84,8 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
         types["scales"] = "*fp32"
     if form.quant == "static":
         types["out_scale"] = "*fp32"
+    if vectors:
+        types |= dict.fromkeys(("shift", "smooth", "reciprocal"), "*fp32")
     if name == "residual":
         types |= {"residual": "*bf16", "gamma": "*bf16"}
     constants = {
@@ -131,7 +135,8 @@ def test_norms(quant: str, chip: str) -> None:
 
 @pytest.mark.parametrize(("chip", "fp8"), [("sm_80", False), ("sm_89", True), ("sm_90", True)])
 def test_quantization(chip: str, fp8: bool) -> None:
-    types = {"x": "*fp32", "codes": "*fp8e4nv" if fp8 else "*i8", "scales": "*fp32"}
+    types = dict.fromkeys(("x", "shift", "smooth", "reciprocal", "scales"), "*fp32")
+    types["codes"] = "*fp8e4nv" if fp8 else "*i8"
     constants = {"QUANT": "token", "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROWS": 4, "BLOCK": 1024}
     kernel = compiled(quantize_kernel, types, constants, chip, 4, 3)
     assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]) == fp8

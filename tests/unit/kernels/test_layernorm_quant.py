@@ -80,8 +80,9 @@ def test_codes_are_those_of_the_norm(static: bool, form: str) -> None:
 
 
 CASES: list[tuple[Any, list[Any]]] = [
-    (quantization._quantize, ["int8", None]),
-    (quantization._quantize, ["fp8", torch.tensor([0.1])]),
+    (quantization._quantize, ["int8", None, None, None, None]),
+    (quantization._quantize, ["int8", torch.tensor([0.1]), *torch.rand(3, D).add(0.1).unbind()]),
+    (quantization._quantize, ["fp8", torch.tensor([0.1]), torch.rand(D), None, None]),
     (quantization.quantize_clipping, ["int8", torch.tensor([0.01])]),
     (op._layernorm, [torch.rand(D), None, EPS, torch.bfloat16]),
     (op._layernorm_quant, [torch.rand(D), torch.rand(D), EPS, "int8", None]),

@@ -58,6 +58,27 @@ def test_codes_of_the_output_come_from_what_is_not_rounded_to_16_bits(form: str)
     assert scales.shape == (B, T, 1)
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_of_shifted_and_smoothed_columns(form: str, gelu: bool) -> None:
+    """Two steps, each rounded, and not one: the codes tell."""
+    one, scale = operands(form), torch.tensor([0.05])
+    shift, smooth = torch.randn(3 * H * E), torch.rand(3 * H * E) + 0.1
+    y = op.linear(*one, dtype=torch.float32, gelu=gelu)
+    for a, b in ((shift, smooth), (shift, None), (None, smooth)):
+        codes, scales = op.linear_quant(*one, scale, shift_N=a, smooth_N=b, form=form, gelu=gelu)
+        changed = y if a is None else y - a
+        expected, expected_scales = quantize(changed if b is None else changed / b, form, scale)
+        assert torch.equal(codes.float(), expected.float())
+        assert torch.equal(scales, expected_scales)
+        alone, _ = quantize(y, form, scale, a, b)
+        assert torch.equal(codes.float(), alone.float())
+        given, _ = op.linear_quant(
+            *one, scale, shift_N=a, smooth_N=b, reciprocal_N=None if b is None else 1 / b, form=form, gelu=gelu
+        )
+        assert torch.equal(codes.float(), given.float())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_that_is_not_a_number_stays_so(form: str) -> None:
     one = operands(form)
@@ -115,7 +136,8 @@ def flat(form: str) -> list[Any]:
 
 CASES: list[tuple[Any, list[Any]]] = [
     (op.linear_of_codes, [True, torch.bfloat16, False]),
-    (op._linear_quant, [True, torch.tensor([0.05]), "int8", False]),
+    (op._linear_quant, [True, torch.tensor([0.05]), None, None, None, "int8", False]),
+    (op._linear_quant, [False, torch.tensor([0.05]), *torch.rand(3, 3 * H * E).add(0.1).unbind(), "int8", False]),
     (op._linear_residual, [torch.randn(B * T, 3 * H * E), torch.rand(3 * H * E), False]),
     (op._linear_heads, [T, H, 3, torch.float32, True]),
     (op._linear_heads_quant, [T, H, 3, "int8", None, False]),
@@ -137,7 +159,8 @@ def test_forms_compile_without_a_break() -> None:
 
     def block(q: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         heads, head_scales = op.linear_heads_quant(q, s, *one[2:], H)
-        codes, scales = op.linear_quant(q, s, *one[2:], scale, gelu=True)
+        smooth = torch.full((3 * H * E,), 0.7)
+        codes, scales = op.linear_quant(q, s, *one[2:], scale, gelu=True, shift_N=smooth, smooth_N=smooth)
         return heads, head_scales, codes, scales, op.linear_residual(q, s, *one[2:], residual)
 
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)

@@ -50,6 +50,16 @@ def test_every_case_runs(form: str, op: str) -> None:
     assert first.numel() == 6 * 384
 
 
+def test_a_smoothed_output_is_another_one() -> None:
+    for form in ("quant", "gelu_quant"):
+        cases = []
+        for smoothed in (False, True):
+            torch.manual_seed(0)
+            work = linear_case("int8_linear", form, Shape(6, 64, 384), torch.device("cpu"), smoothed=smoothed)
+            cases.append(work()[0])  # type: ignore[index]
+        assert not cases[0].equal(cases[1])
+
+
 def test_the_layers_of_a_block() -> None:
     shapes = {name: str(shape) for name, (_, shape) in block_layers(256, 197, 1024, 4096).items()}
     assert shapes == {

@@ -18,15 +18,20 @@ from vit_efficient.attention.padding import pad_tokens
 from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.errors import UserError
+from vit_efficient.kernels.layernorm_quant.op import layernorm_quant
+from vit_efficient.kernels.linear import op as linear
+from vit_efficient.kernels.quantize import op as quantization
+from vit_efficient.kernels.quantize.reference import smoothed
 from vit_efficient.model import fused
 from vit_efficient.model.fused import FusedBlock, fuse_blocks, unfuse_blocks
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.deploy import deployed_state, load_deployed
 from vit_efficient.quantization.fp8 import Fp8Config
-from vit_efficient.quantization.fused_linear import FusedLinear
+from vit_efficient.quantization.fused_linear import Codes, FusedLinear
 from vit_efficient.quantization.int4 import Int4Config
 from vit_efficient.quantization.int8 import Int8Config
+from vit_efficient.quantization.int8_deployed import DeployedInt8
 
 SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,6 +64,9 @@ QUANTIZATIONS: dict[str, Any] = {
     ),
     "static": Int8Config(activations="static"),
     "hybrid": Int8Config(activations="hybrid"),
+    "hybrid_smooth": Int8Config(activations="hybrid", calibration=CalibrationConfig(smooth=0.5)),
+    "hybrid_shift": Int8Config(activations="hybrid", calibration=CalibrationConfig(smooth=None)),
+    "static_smooth": Int8Config(activations="static", calibration=CalibrationConfig(smooth=0.5)),
     "hybrid_plain": Int8Config(activations="hybrid", calibration=CalibrationConfig(shift=False, smooth=None)),
     "smooth": Int8Config(calibration=CalibrationConfig(smooth=0.5)),
     "fp8": Fp8Config(),
@@ -121,8 +129,7 @@ def check_equal(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = model(images())
     for hook in hooks:
         hook.remove()
-    report = fuse_blocks(model)
-    assert report.lines() == ["2 of 2 blocks fused"]
+    assert fuse_blocks(model).count() == "2 of 2 blocks fused"
     seen: dict[str, Tensor] = {}
     operands = FusedLinear._operands
 
@@ -172,14 +179,16 @@ def test_names_files_and_unfusing(family: str) -> None:
     types = {name: type(module) for name, module in model.named_modules()}
     fuse_blocks(model)
     assert sum(isinstance(module, FusedBlock) for module in model.modules()) == 2
-    after, again = deployed_state(model)
-    assert described == again
+    after, still = deployed_state(model)
+    assert described == still
     assert list(before) == list(after)
     assert all(before[name].equal(after[name]) for name in before)
-    assert fuse_blocks(model).lines() == ["2 of 2 blocks fused"]  # and changes nothing
+    again = fuse_blocks(model)  # and changes nothing
+    assert again.count() == "2 of 2 blocks fused"
+    assert list(again.passes) == ["blocks.0", "blocks.1"]
 
     fresh = plain(family)
-    load_deployed(fresh, after, again)
+    load_deployed(fresh, after, still)
     fuse_blocks(fresh)
     with torch.no_grad():
         check_logits(fresh, fresh(images()), wanted)
@@ -200,27 +209,92 @@ def test_what_is_loaded_into_fused_blocks_counts() -> None:
         wanted = other(images())
     fuse_blocks(model)
     folded = model.blocks[0].attn_input.made[0].weight.clone()
+    narrow = other.blocks[0].attn.proj  # EVA02 has an identity before it
     model.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert model(images()).equal(wanted)
     assert not model.blocks[0].attn_input.made[0].weight.equal(folded)
+    assert model.blocks[0].attn_output.reciprocal.equal(1 / narrow.smooth)
+    model.to(torch.bfloat16)
+    assert model.blocks[0].attn_output.reciprocal.equal(1 / narrow.smooth)
 
 
-def test_shift_and_smoothing_fold_into_the_norm() -> None:
+@pytest.mark.parametrize("config", ["static_smooth", "hybrid_smooth", "fp8_shift"])
+def test_shift_and_smoothing_fold_into_the_norm(config: str) -> None:
     """What a GPU computes from: the norm's own vectors, changed. Here their norm is held against the steps."""
-    model = deployed("vit", QUANTIZATIONS["static"])
+    model = deployed("vit", QUANTIZATIONS[config])
     fuse_blocks(model)
-    made = model.blocks[0].attn_input.made[0]
-    norm, layer = made.held
-    assert made.folds
-    assert layer.layer.shift is not None
-    assert layer.layer.smooth is not None
-    x = torch.randn(4, 17, 48)
-    step_by_step = layer.layer.smoothed(norm(x))
-    at_once = nn.functional.layer_norm(x, (48,), made.weight, made.bias, norm.eps)
-    torch.testing.assert_close(at_once, step_by_step, rtol=1e-5, atol=1e-5)
+    for made in (model.blocks[0].attn_input.made[0], model.blocks[1].mlp_input.made[0]):
+        norm, layer = made.held
+        assert made.folds
+        assert layer.shifts == (config != "hybrid_smooth")  # of tokens' own scales only fp8 has one
+        assert layer.smooths == (config != "fp8_shift")
+        shift, smooth = layer.vectors
+        x = torch.randn(40, 17, 48)
+        step_by_step = smoothed(norm(x), shift, smooth)
+        at_once = nn.functional.layer_norm(x, (48,), made.weight, made.bias, norm.eps)
+        torch.testing.assert_close(at_once, step_by_step, rtol=1e-5, atol=1e-5)
+        codes = layernorm_quant(x, made.weight, made.bias, norm.eps, layer.form, layer.input_scale)
+        wanted = layer.codes(norm(x))
+        assert (codes[0].float() == wanted.values.float()).float().mean() > 0.999
+        torch.testing.assert_close(codes[1], wanted.scale, rtol=1e-5, atol=0)
     model.to(torch.bfloat16)
     assert made.weight.dtype == torch.float32
+
+
+def entering(layer: DeployedInt8) -> tuple[bool, bool]:
+    return layer.shift is not None, layer.smooth is not None
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "beit"])
+@pytest.mark.parametrize("config", ["hybrid_smooth", "hybrid_shift", "static_smooth"])
+def test_the_wide_layer_ends_in_shifted_and_smoothed_codes(
+    family: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deployed(family, QUANTIZATIONS[config])
+    smooth = config.endswith("smooth")
+    assert all(entering(block.mlp.fc2) == (True, smooth) for block in model.blocks)
+    report = fuse_blocks(model)
+    assert report.lines() == [
+        "2 of 2 blocks fused",
+        "quantized apart: input of attn.proj in blocks.0, blocks.1: attention ends in floating point",
+    ]
+    ended: list[dict[str, Any]] = []
+    quant, quantize = linear.linear_quant, quantization.quantize
+    monkeypatch.setattr(linear, "linear_quant", lambda *x, **options: ended.append(options) or quant(*x, **options))
+    apart: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(quantization, "quantize", lambda *x: apart.append(x) or quantize(*x))
+    with torch.no_grad():
+        model(images())
+    assert len(ended) == 2
+    for options, block in zip(ended, model.blocks, strict=True):
+        fc2 = block.mlp.fc2
+        assert options["shift_N"] is fc2.shift
+        assert options["smooth_N"] is fc2.smooth
+        assert options["reciprocal_N"] is block.mlp_output.reciprocal
+        assert not smooth or options["reciprocal_N"].equal(1 / fc2.smooth)
+    # The projection behind attention: one call for both vectors and the codes.
+    proj = [x for x in apart if x[2] is not None and any(x[2] is b.attn.proj.input_scale for b in model.blocks)]
+    assert [x[3] is block.attn.proj.shift for x, block in zip(proj, model.blocks, strict=True)] == [True, True]
+
+
+def test_what_is_quantized_apart_is_said() -> None:
+    def why(family: str, config: str) -> dict[str, str]:
+        return fuse_blocks(deployed(family, QUANTIZATIONS[config])).passes["blocks.1"]
+
+    assert "whole row" in why("vit", "int8")["mlp.fc2"]
+    assert "groups" not in why("vit", "hybrid").get("mlp.fc2", "")
+    assert why("siglip", "integer_attention_static_plain") == {}
+    assert "no shift, no smooth" in why("vit", "integer_attention_static")["attn.proj"]
+    assert "under a given scale only" in why("vit", "integer_attention")["attn.proj"]
+    assert why("eva02_split_qkv", "hybrid_plain") == {"attn.proj": "attention ends in floating point"}
+    assert why("dinov2_giant", "hybrid")["mlp.fc2"] == "a gate multiplies what enters it"
+    assert why("quick_gelu", "hybrid")["mlp.fc2"] == "no product ends in this activation"
+    assert why("gated_attention", "hybrid")["attn.proj"] == "a gate multiplies what attention gives"
+    assert why("inner_norms", "hybrid") == {}  # norms end in codes
+    whole = why("vit", "int8_per_tensor")
+    assert list(whole) == ["attn.qkv", "mlp.fc1", "attn.proj", "mlp.fc2"]
+    assert "whole tensor" in whole["attn.qkv"]
 
 
 def test_layers_that_want_the_same_codes_share_them() -> None:
@@ -239,7 +313,7 @@ def test_layers_that_want_the_same_codes_share_them() -> None:
 
 def left(model: nn.Module) -> list[str]:
     report = fuse_blocks(model)
-    return report.lines()
+    return [report.count(), *report.reasons()]
 
 
 def test_reasons_why_not() -> None:
@@ -337,7 +411,7 @@ def test_padded_tokens(family: str) -> None:
         unpadded = model(images())
         pad_tokens(model, 32)
         wanted = model(images())
-        assert fuse_blocks(model).lines() == ["2 of 2 blocks fused"]
+        assert fuse_blocks(model).count() == "2 of 2 blocks fused"
         lengths: list[int] = []
         model.blocks[1].register_forward_pre_hook(lambda block, x: lengths.append(x[0].shape[1]))
         assert model(images()).equal(wanted)
@@ -350,11 +424,11 @@ def test_half_precision_is_close(config: str) -> None:
     """Fewer roundings to 16 bits on the way: not the same bits, and no further from full precision."""
     model = deployed("dinov3", QUANTIZATIONS[config])
     with torch.no_grad():
-        exact = model(images(8))
+        exact = model(images(64))
         half = copy.deepcopy(model).to(torch.bfloat16)
-        unfused = half(images(8).bfloat16()).float()
+        unfused = half(images(64).bfloat16()).float()
         fuse_blocks(half)
-        at_once = half(images(8).bfloat16()).float()
+        at_once = half(images(64).bfloat16()).float()
     assert half.blocks[0].attn.proj.weight_scale.dtype == torch.float32
     assert (at_once - exact).norm() < 1.2 * (unfused - exact).norm()
     assert (at_once - exact).norm() < 0.05 * exact.norm()
@@ -410,7 +484,22 @@ def test_compiles_whole() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["vit", "dinov3", "eva02_split_qkv", "siglip", "gated_attention"])
 @pytest.mark.parametrize(
-    "config", ["int8", "hybrid", "hybrid_plain", "integer_attention_static_plain", "static", "fp8", "fp8_hybrid"]
+    "config",
+    [
+        "int8",
+        "smooth",
+        "hybrid",
+        "hybrid_plain",
+        "hybrid_smooth",
+        "hybrid_shift",
+        "static",
+        "static_smooth",
+        "integer_attention_static",
+        "integer_attention_static_plain",
+        "fp8",
+        "fp8_hybrid",
+        "fp8_shift",
+    ],
 )
 def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block on the same input: a whole run of two sound programs drifts apart, one rounding at a time."""
@@ -425,6 +514,16 @@ def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monke
     with torch.no_grad():
         wanted, found = model(images(64)), on_gpu(images(64).cuda()).cpu()
         here, there = model.blocks[1].attn_input(given[0]), on_gpu.blocks[1].attn_input(given[0].cuda())
+        if family == "vit":  # what enters the last projection and the narrow layer, each made of the same input
+            y = torch.randn(64, 17, 48)
+            here.append(model.blocks[1].attn_output(y))
+            there.append(on_gpu.blocks[1].attn_output(y.cuda()))
+            wide = [block.views["mlp.fc1"] for block in (model.blocks[1], on_gpu.blocks[1])]
+            narrow = [block.views["mlp.fc2"] for block in (model.blocks[1], on_gpu.blocks[1])]
+            codes = model.blocks[1].mlp_input(y)[0]
+            here.append(wide[0].output_gelu_codes(codes, narrow[0], torch.float32))
+            codes = Codes(codes.values.cuda(), codes.scale.cuda())
+            there.append(wide[1].output_gelu_codes(codes, narrow[1], torch.float32))
     for one, other in zip(here, there, strict=True):
         equal = one.values.float() == other.values.cpu().float()
         assert equal.float().mean() >= 0.9999

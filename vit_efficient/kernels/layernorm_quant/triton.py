@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vit_efficient.kernels.device_functions import quantize_block
 from vit_efficient.kernels.formats import Format, format_of
-from vit_efficient.kernels.rows import row_launch, with_rows
+from vit_efficient.kernels.rows import row_launch, vector, with_rows
 
 
 @triton.jit
@@ -73,16 +73,12 @@ def _launch(
     plan = row_launch(rows, columns, x_MD.device)
     with torch.cuda.device_of(x_MD):
         _kernel[(plan.programs,)](
-            x_MD, residual_MD, _vector(gamma_D), _vector(weight_D), _vector(bias_D), scale, y_MD, scales_M1, new_MD,
+            x_MD, residual_MD, vector(gamma_D), vector(weight_D), vector(bias_D), scale, y_MD, scales_M1, new_MD,
             rows, columns, x_MD.stride(0), 0 if residual_MD is None else residual_MD.stride(0), eps,
             QUANT=quant, LARGEST=chosen.largest if chosen else 0, INTEGER=chosen.is_integer if chosen else False,
             ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return new_MD
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _codes(x_MD: Tensor, form: str) -> tuple[Format, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.linear.triton import linear_kernel
-from vit_efficient.kernels.rows import with_rows
+from vit_efficient.kernels.rows import vector, with_rows
 from vit_efficient.kernels.tuning import Shape, Tile, choose
 
 ALIGNMENT = 16  # bytes, of what descriptors describe
@@ -71,6 +71,9 @@ def launch(
     gamma_N: Tensor | None = None,
     out_scale: Tensor | None = None,
     scales: Tensor | None = None,
+    shift_N: Tensor | None = None,
+    smooth_N: Tensor | None = None,
+    reciprocal_N: Tensor | None = None,
     descriptors: bool | None = None,
 ) -> None:
     """Fill `out`, and `scales` where the form makes some.
@@ -95,8 +98,9 @@ def launch(
         linear_kernel[grid](
             TensorDescriptor.from_tensor(q_MK, [tile.block_m, tile.block_k]) if descriptors else q_MK,
             TensorDescriptor.from_tensor(q_NK, [tile.block_n, tile.block_k]) if descriptors else q_NK,
-            scale_M1.contiguous(), scale_N1.contiguous(), _vector(bias_N), residual_MN, _vector(gamma_N), described_out,
-            out_scale, scales, rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
+            scale_M1.contiguous(), scale_N1.contiguous(), vector(bias_N), residual_MN, vector(gamma_N), described_out,
+            out_scale, vector(shift_N), vector(smooth_N), vector(reciprocal_N), scales,
+            rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
             0 if residual_MN is None else residual_MN.stride(0), form.tokens,
             FP8=fp8, PROMOTE=min(PROMOTE, tile.block_k) if fp8 and not fast else 0,
             LAYOUT=form.layout, GELU=form.gelu, QUANT=form.quant, LARGEST=chosen.largest, INTEGER=chosen.is_integer,
@@ -128,10 +132,6 @@ def fit(tile: Tile, form: Form) -> tuple[Tile, int, int]:
     return replace(tile, block_n=columns, parts=min(tile.parts, columns // block)), columns, block
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def linear(
     q_MK: Tensor,
     scale_M1: Tensor,
@@ -158,13 +158,20 @@ def linear_quant(
     out_scale: Tensor,
     codes: str,
     fast: bool,
+    shift_N: Tensor | None = None,
+    smooth_N: Tensor | None = None,
+    reciprocal_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes (M, N) under one given scale, and the scales of rows (M, 1)."""
+    """Codes (M, N) of the layer, less `shift_N` and divided by `smooth_N`, under one given scale; the scales of rows
+    (M, 1). `reciprocal_N` is ``1 / smooth_N``."""
     rows, outputs = q_MK.shape[0], q_NK.shape[0]
     out = torch.empty((rows, outputs), dtype=format_of(codes).dtype, device=q_MK.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=q_MK.device)
     form = Form(gelu=gelu, quant="static", codes=codes)
-    launch(q_MK, scale_M1, q_NK, scale_N1, bias_N, form, fast, out, out_scale=out_scale, scales=scales)
+    launch(
+        q_MK, scale_M1, q_NK, scale_N1, bias_N, form, fast, out, out_scale=out_scale, scales=scales, shift_N=shift_N,
+        smooth_N=smooth_N, reciprocal_N=reciprocal_N,
+    )  # fmt: skip
     return out, scales
 
 

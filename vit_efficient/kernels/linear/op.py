@@ -28,6 +28,7 @@ from vit_efficient.kernels.device import require_fp8, runs_triton
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.int8_linear.reference import WIDEST
 from vit_efficient.kernels.linear import reference
+from vit_efficient.kernels.quantize.op import reciprocal_of
 
 Accumulation = Literal["full", "fast"]
 
@@ -78,19 +79,24 @@ def _linear_quant(
     bias_N: Tensor | None,
     gelu: bool,
     out_scale: Tensor,
+    shift_N: Tensor | None,
+    smooth_N: Tensor | None,
+    reciprocal_N: Tensor | None,
     form: str,
     fast: bool,
 ) -> tuple[Tensor, Tensor]:
     if _on_gpu(q_MK, q_NK):
         from vit_efficient.kernels.linear import launch
 
-        return launch.linear_quant(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, out_scale, form, fast)
+        operands = (q_MK, scale_M1, q_NK, scale_N1, bias_N)
+        return launch.linear_quant(*operands, gelu, out_scale, form, fast, shift_N, smooth_N, reciprocal_N)
     y_MN = reference.product(q_MK, scale_M1, q_NK, scale_N1, bias_N)
-    return reference.requantized(reference.gelu(y_MN) if gelu else y_MN, scale_M1, out_scale, form)
+    y_MN = reference.gelu(y_MN) if gelu else y_MN
+    return reference.requantized(y_MN, scale_M1, out_scale, form, shift_N, smooth_N)
 
 
 @_linear_quant.register_fake
-def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, out_scale, form, fast):  # type: ignore[no-untyped-def]
+def _(q_MK, scale_M1, q_NK, scale_N1, bias_N, gelu, out_scale, shift_N, smooth_N, reciprocal_N, form, fast):  # type: ignore[no-untyped-def]
     codes = q_MK.new_empty((q_MK.shape[0], q_NK.shape[0]), dtype=format_of(form).dtype)
     return codes, q_MK.new_empty((q_MK.shape[0], 1), dtype=torch.float32)
 
@@ -211,6 +217,9 @@ def linear_quant(
     bias: Tensor | None,
     out_scale: Tensor,
     *,
+    shift_N: Tensor | None = None,
+    smooth_N: Tensor | None = None,
+    reciprocal_N: Tensor | None = None,
     form: str = "int8",
     gelu: bool = False,
     accumulation: Accumulation = "full",
@@ -219,13 +228,17 @@ def linear_quant(
 
     Args:
         out_scale: one positive float32 on the device.
+        shift_N: (N,) float32, subtracted from the output before it is quantized; or None.
+        smooth_N: (N,) positive float32, by which the output is divided after that; or None.
+        reciprocal_N: ``1 / smooth_N``, if it is at hand; else it is made here. Results do not depend on it.
         form: of the codes: `int8`, `int4` or `fp8`.
 
     Returns:
         codes (..., N) and scales (..., 1) float32, all `out_scale` except where a row came in with the scale NaN.
     """
     operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
-    codes, scales = _linear_quant(*operands, gelu, out_scale, form, accumulation == "fast")
+    vectors = shift_N, smooth_N, reciprocal_of(smooth_N, reciprocal_N)
+    codes, scales = _linear_quant(*operands, gelu, out_scale, *vectors, form, accumulation == "fast")
     return codes.view(*q.shape[:-1], weight.shape[0]), scales.view(*q.shape[:-1], 1)
 
 

@@ -5,8 +5,9 @@ codes: float32 sums): ``y = ((sum * scale_x) * scale_w) + bias`` in float32. Wha
 and never rounded to 16 bits before it:
 
 - ``gelu``: ``0.5 * y * (1 + erf(y / sqrt(2)))``, the erf form;
-- quantization with a given scale (one number): codes for the next layer. A row that came in with the scale NaN goes on
-  with the scale NaN, so that a diverged model shows;
+- quantization with a given scale (one number): codes for the next layer, of y or of ``(y - shift) / smooth``, a number
+  a column each (`quantize.reference`). A row that came in with the scale NaN goes on with the scale NaN, so that a
+  diverged model shows;
 - the residual: ``residual + gamma * y``, `gamma` the layer scale or left out, rounded to the residual's dtype;
 - for q, k and v: the columns (parts, H, E) and rows (B, T) laid out as attention reads them, (parts, B, H, T, E), and
   on request quantized: a scale a token and head, or one given for each part.
@@ -48,12 +49,19 @@ def gelu(y: Tensor) -> Tensor:
     return F.gelu(y.to(torch.float32))
 
 
-def requantized(y_MN: Tensor, scale_M1: Tensor, out_scale: Tensor, form: str) -> tuple[Tensor, Tensor]:
+def requantized(
+    y_MN: Tensor,
+    scale_M1: Tensor,
+    out_scale: Tensor,
+    form: str,
+    shift_N: Tensor | None = None,
+    smooth_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Codes (M, N) under one given scale, and the scale of each row (M, 1): NaN where the incoming one is NaN.
 
     Weight scales and biases are finite (files with others are refused), so a NaN can come from a row only.
     """
-    codes, _ = quantization.quantize(y_MN, form, out_scale)
+    codes, _ = quantization.quantize(y_MN, form, out_scale, shift_N, smooth_N)
     rows_M1 = scale_M1.expand(y_MN.shape[0], 1)
     return codes, torch.where(rows_M1.isnan(), torch.nan, out_scale.reshape(1, 1))
 

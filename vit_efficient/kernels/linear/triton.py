@@ -9,6 +9,8 @@ What follows the product is chosen by constants, and absent operands are None, s
     LAYOUT      "rows": (M, N); "heads": (P, B, H, T, E)
     GELU        of the erf form
     QUANT       "none"; "static": a scale for all (rows) or for each part (heads); "token": a scale a token and head
+    shift       (rows, static) subtracted before that, a number a column, if there is one
+    smooth      (rows, static) divides what is left, likewise; `reciprocal` is 1 / smooth
     residual    added, times `gamma` if there is one
 
 Shapes: M rows (B images of T tokens), K inputs, N outputs: P parts of H heads of width E. A tile is BLOCK_M x BLOCK_N
@@ -20,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vit_efficient.kernels.device_functions import gelu, given_scales, quantize_given, quantize_rows
+from vit_efficient.kernels.device_functions import gelu, given_scales, of_columns, quantize_given, quantize_rows
 
 
 @triton.jit
@@ -51,8 +53,8 @@ def _load(x, stride, first_row, k, rows, K, DESCRIPTORS: tl.constexpr, EVEN: tl.
 
 @triton.jit
 def _finish(
-    sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale, scales,
-    M, N, tokens, residual_stride,
+    sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale, shift,
+    smooth, reciprocal, scales, M, N, tokens, residual_stride,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
@@ -86,7 +88,14 @@ def _finish(
     if LAYOUT == "rows":
         if QUANT == "static":
             given = tl.load(out_scale)
-            codes = quantize_given(y, given, LARGEST, INTEGER)
+            if shift is not None:
+                y = y - of_columns(shift, column, column_there, 0.0)
+            if smooth is None:
+                codes = quantize_given(y, given, LARGEST, INTEGER)
+            else:
+                divisor = of_columns(smooth, column, column_there, 1.0)
+                inverse = of_columns(reciprocal, column, column_there, 1.0)
+                codes = quantize_given(y, given, LARGEST, INTEGER, divisor, inverse)
             if first_column == 0:
                 tl.store(scales + row, tl.where(incoming == incoming, given, float("nan")), mask=row_there)
         else:
@@ -126,8 +135,8 @@ def _finish(
 
 @triton.jit
 def _finish_parts(
-    sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale, scales,
-    M, N, tokens, residual_stride,
+    sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale, shift,
+    smooth, reciprocal, scales, M, N, tokens, residual_stride,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
@@ -141,26 +150,27 @@ def _finish_parts(
     if PARTS == 1:
         _finish(
             sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
-            scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES,
-            STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS,
+            shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
+            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS,
         )  # fmt: skip
     else:
         left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, COLUMNS // 2)), (0, 2, 1)))
         _finish_parts(
             left, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
-            scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES,
-            STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
+            shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
+            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
         _finish_parts(
             right, first_row, first_column + COLUMNS // 2, end_column, row_scale, column_scale, bias, residual, gamma,
-            out, out_scale, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES,
-            COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
+            out, out_scale, shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT,
+            LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
+            COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
 
 
 @triton.jit
 def linear_kernel(
-    a, b, row_scale, column_scale, bias, residual, gamma, out, out_scale, scales,
+    a, b, row_scale, column_scale, bias, residual, gamma, out, out_scale, shift, smooth, reciprocal, scales,
     M, N, K, a_stride, b_stride, residual_stride, tokens,
     FP8: tl.constexpr, PROMOTE: tl.constexpr,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
@@ -192,6 +202,6 @@ def linear_kernel(
         end_column = tl.minimum(N, first_column + STEP_N)
         _finish_parts(
             sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
-            scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES,
-            STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N, PARTS,
+            shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
+            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip

@@ -14,17 +14,24 @@ from vit_efficient.kernels.quantize import reference
 
 
 @torch.library.custom_op("vit_efficient::quantize", mutates_args=())
-def _quantize(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize(
+    x_MK: Tensor,
+    form: str,
+    scale: Tensor | None,
+    shift_K: Tensor | None,
+    smooth_K: Tensor | None,
+    reciprocal_K: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if runs_triton(x_MK) and x_MK.numel():
         from vit_efficient.kernels.quantize import triton
 
-        return triton.quantize(x_MK, form, scale)
-    codes, scales = reference.quantize(x_MK, form, scale)
+        return triton.quantize(x_MK, form, scale, shift_K, smooth_K, reciprocal_K)
+    codes, scales = reference.quantize(x_MK, form, scale, shift_K, smooth_K)
     return codes, scales.contiguous()
 
 
 @_quantize.register_fake
-def _(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x_MK, form, scale, shift_K, smooth_K, reciprocal_K):  # type: ignore[no-untyped-def]
     codes = x_MK.new_empty(x_MK.shape, dtype=format_of(form).dtype)
     return codes, x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
 
@@ -47,16 +54,32 @@ def _(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales, x_MK.new_empty(x_MK.shape, dtype=torch.bool)
 
 
-def quantize(x: Tensor, form: str = "int8", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def reciprocal_of(smooth_K: Tensor | None, at_hand: Tensor | None) -> Tensor | None:
+    """What kernels divide by `smooth_K` with."""
+    return smooth_K.reciprocal() if smooth_K is not None and at_hand is None else at_hand
+
+
+def quantize(
+    x: Tensor,
+    form: str = "int8",
+    scale: Tensor | None = None,
+    shift_K: Tensor | None = None,
+    smooth_K: Tensor | None = None,
+    reciprocal_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Codes and the scale of each row; no gradient.
 
     Args:
         x: (..., K), floating point, strided as it may be.
         form: of the codes: `int8`, `int4` (within +-7, a byte each) or `fp8`.
         scale: one positive float32 on the device (static); None: each row's own (per token).
+        shift_K: (K,) float32, subtracted from x before; or None.
+        smooth_K: (K,) positive float32, by which x is divided after that; or None.
+        reciprocal_K: ``1 / smooth_K``, if it is at hand; else it is made here. Results do not depend on it.
 
     Returns:
         codes (..., K), contiguous, and scales (..., 1) float32.
     """
-    codes, scales = _quantize(x.reshape(-1, x.shape[-1]), form, scale)
+    vectors = shift_K, smooth_K, reciprocal_of(smooth_K, reciprocal_K)
+    codes, scales = _quantize(x.reshape(-1, x.shape[-1]), form, scale, *vectors)
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)

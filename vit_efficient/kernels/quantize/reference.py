@@ -13,20 +13,35 @@ from vit_efficient.kernels.fp8_linear import reference as fp8
 from vit_efficient.kernels.int8_linear import reference as int8
 
 
-def quantize(x: Tensor, form: str = "int8", scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and the scale of each row.
+def smoothed(x: Tensor, shift_K: Tensor | None, smooth_K: Tensor | None) -> Tensor:
+    """``(x - shift) / smooth``, a number a column each, both steps rounded to float32; either may be left out."""
+    if shift_K is not None:
+        x = x.to(torch.float32) - shift_K
+    return x if smooth_K is None else x.to(torch.float32) / smooth_K
+
+
+def quantize(
+    x: Tensor,
+    form: str = "int8",
+    scale: Tensor | None = None,
+    shift_K: Tensor | None = None,
+    smooth_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and the scale of each row, of x or of what `smoothed` makes of it.
 
     Args:
         x: (..., K), floating point.
         form: of the codes: `int8`, `int4` (codes within +-7, a byte each) or `fp8` (e4m3).
         scale: one positive float32 for all rows (static: what lies beyond saturates); None: each row's own, from its
             largest magnitude (per token).
+        shift_K: (K,) float32, subtracted from x; or None.
+        smooth_K: (K,) positive float32, by which x is then divided; or None.
 
     Returns:
         codes (..., K), and scales (..., 1) float32. A row that holds a NaN has the scale NaN, so that it shows in
         every product; so has one that holds an infinity, except where integers have a given scale: there it saturates.
     """
-    chosen = format_of(form)
+    chosen, x = format_of(form), smoothed(x, shift_K, smooth_K)
     if not chosen.is_integer:
         x_MK = x.reshape(-1, x.shape[-1])
         given = None if scale is None else scale.reshape(1, 1)

@@ -7,21 +7,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vit_efficient.kernels.device_functions import divide, quantize_block
+from vit_efficient.kernels.device_functions import divide, of_columns, quantize_block
 from vit_efficient.kernels.formats import format_of
-from vit_efficient.kernels.rows import row_launch, with_rows
+from vit_efficient.kernels.rows import row_launch, vector, with_rows
 
 
 @triton.jit
 def _kernel(
-    x, given, codes, scales, beyond, M, K, x_stride,
+    x, given, shift, smooth, reciprocal, codes, scales, beyond, M, K, x_stride,
     QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    there = (row < M)[:, None] & (column < K)[None, :]
+    used = column < K
+    there = (row < M)[:, None] & used[None, :]
     y = tl.load(x + row[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(tl.float32)
-    q, scale = quantize_block(y, given, QUANT, LARGEST, INTEGER)
+    if shift is not None:
+        y = y - of_columns(shift, column, used, 0.0)
+    if smooth is None:
+        q, scale = quantize_block(y, given, QUANT, LARGEST, INTEGER)
+    else:
+        divisor, inverse = of_columns(smooth, column, used, 1.0), of_columns(reciprocal, column, used, 1.0)
+        q, scale = quantize_block(y, given, QUANT, LARGEST, INTEGER, divisor, inverse)
     tl.store(codes + row[:, None] * K + column[None, :], q, mask=there)
     tl.store(scales + row, scale, mask=row < M)
     if beyond is not None:
@@ -31,9 +38,16 @@ def _kernel(
         tl.store(beyond + row[:, None] * K + column[None, :], (far & (y == y)).to(tl.int8), mask=there)
 
 
-def quantize(x_MK: Tensor, form: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`reference.quantize` of a matrix."""
-    return _launch(x_MK, form, scale, None)
+def quantize(
+    x_MK: Tensor,
+    form: str,
+    scale: Tensor | None,
+    shift_K: Tensor | None = None,
+    smooth_K: Tensor | None = None,
+    reciprocal_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize` of a matrix. `reciprocal_K` is ``1 / smooth_K``."""
+    return _launch(x_MK, form, scale, None, vector(shift_K), vector(smooth_K), vector(reciprocal_K))
 
 
 def quantize_clipping(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +56,15 @@ def quantize_clipping(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, T
     return *_launch(x_MK, form, scale, beyond), beyond.view(torch.bool)
 
 
-def _launch(x_MK: Tensor, form: str, scale: Tensor | None, beyond: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch(
+    x_MK: Tensor,
+    form: str,
+    scale: Tensor | None,
+    beyond: Tensor | None,
+    shift_K: Tensor | None = None,
+    smooth_K: Tensor | None = None,
+    reciprocal_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     chosen = format_of(form)
     x_MK = with_rows(x_MK)
     rows, columns = x_MK.shape
@@ -51,7 +73,7 @@ def _launch(x_MK: Tensor, form: str, scale: Tensor | None, beyond: Tensor | None
     plan = row_launch(rows, columns, x_MK.device)
     with torch.cuda.device_of(x_MK):
         _kernel[(plan.programs,)](
-            x_MK, scale, codes, scales, beyond, rows, columns, x_MK.stride(0),
+            x_MK, scale, shift_K, smooth_K, reciprocal_K, codes, scales, beyond, rows, columns, x_MK.stride(0),
             QUANT="token" if scale is None else "static", LARGEST=chosen.largest, INTEGER=chosen.is_integer,
             ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
         )  # fmt: skip
