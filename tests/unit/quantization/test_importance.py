@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.quantization import importance
-from vit_efficient.quantization.importance import token_importance
+from vit_efficient.quantization.importance import tempered, token_importance
 
 TOKENS, WIDTH, CLASSES = 5, 6, 4
 
@@ -165,3 +165,10 @@ def test_layers_that_are_not_called_are_left_out_and_those_without_effect_count_
     found = token_importance(model, layers, [torch.randn(2, TOKENS, 3)])
     assert set(found) == {"first", "ignored"}
     assert torch.equal(found["ignored"], torch.ones(2 * TOKENS))
+
+
+def test_tokens_that_do_not_matter_count_a_little() -> None:
+    """Or weights would learn the few tokens that do by heart."""
+    counted = tempered(torch.tensor([0.0, 0.5, 2.5]))
+    torch.testing.assert_close(counted, torch.tensor([0.3, 0.65, 2.05]))
+    assert counted.mean() == pytest.approx(1)
