@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vit_efficient.engine.checkpoint import AtomicCheckpointIO, atomic_write, newest_checkpoint, read_checkpoint
+from vit_efficient.engine.checkpoint import (
+    AtomicCheckpointIO,
+    atomic_write,
+    drop_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from vit_efficient.engine.rundir import RunDir, locate, write_json
 from vit_efficient.errors import CheckpointError, UserError
 
@@ -132,3 +138,11 @@ def test_resume_targets(tmp_path: Path) -> None:
 def test_json_has_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": [1.5, float("nan")]})
     assert (tmp_path / "m.json").read_text() == '{\n  "a": null,\n  "b": [\n    1.5,\n    null\n  ]\n}\n'
+
+
+def test_only_what_came_before_counts_for_keep(tmp_path: Path) -> None:
+    """A run that went on from step 10 has later files of the run before: they must not push out what is new."""
+    for step in (5, 10, 15, 40, 50):
+        (tmp_path / f"step-{step:08d}.ckpt").write_bytes(b"x")
+    drop_checkpoints(tmp_path / "step-00000015.ckpt", 2)
+    assert sorted(int(path.stem[5:]) for path in tmp_path.iterdir()) == [10, 15, 40, 50]
