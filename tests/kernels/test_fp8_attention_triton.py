@@ -55,7 +55,8 @@ def test_exact_operands(tokens: int, device: torch.device) -> None:
     q, k = (exact(tokens, 64, device, heads=1) for _ in range(2))
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device)
     found = attend(q, k, v, rotated=False)
-    assert error(found, reference.attend(q, k, v, scale=0.125, rotated=False)) < 1e-5
+    # Hopper's units keep about 14 bits of a sum of e4m3 products.
+    assert error(found, reference.attend(q, k, v, scale=0.125, rotated=False)) < (1e-5 if INTERPRETED else 1e-3)
 
 
 @pytest.mark.parametrize("width", [64, 80])

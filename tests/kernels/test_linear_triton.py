@@ -78,7 +78,8 @@ def check_codes(found: Tensor, expected: Tensor, least: float) -> None:
     assert found.shape == expected.shape
     if expected.dtype == torch.float8_e4m3fn:  # the interpreter truncates where a rounded number would carry
         least = 0.9 if INTERPRETED else 0.98
-    assert (found.float() == expected.float()).float().mean() >= least
+    differ = int((found.float() != expected.float()).sum())  # a mean of ones is less than 1 on a GPU
+    assert differ <= (1 - least) * found.numel(), f"{differ} of {found.numel()} codes differ"
 
 
 def close_scales(found: Tensor, expected: Tensor, exact: bool) -> None:

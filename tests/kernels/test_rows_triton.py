@@ -38,8 +38,8 @@ def same_codes(found: Tensor, expected: Tensor, least: float = 1.0) -> None:
     assert found.dtype == expected.dtype
     if expected.dtype == torch.float8_e4m3fn and INTERPRETED:
         least = 0.8
-    agree = (found.float() == expected.float()).float().mean() if found.numel() else torch.ones(())
-    assert agree >= least, f"{float(agree):.6f} of the codes agree"
+    differ = int((found.float() != expected.float()).sum())  # a mean of ones is less than 1 on a GPU
+    assert differ <= (1 - least) * found.numel(), f"{differ} of {found.numel()} codes differ"
 
 
 def same_scales(found: Tensor, expected: Tensor) -> None:

@@ -20,6 +20,7 @@ from vit_efficient.machine import Machine
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.measure.models import Contender, Step
 from vit_efficient.model.build import DTYPES, build_model
+from vit_efficient.model.fused import fuse_blocks
 from vit_efficient.model.module import learning_rate
 from vit_efficient.model.optim import build_optimizer
 from vit_efficient.parallel.order import prepare_blocks
@@ -32,6 +33,7 @@ from vit_efficient.recipe.schema import Recipe
 
 How = Literal["eager", "compiled", "graph", "compiled-graph", "training"]
 CLASSES = 1000  # of the head, where neither the recipe nor a file says otherwise
+FUSED = ("int8", "fp8")  # whose blocks have a fused form
 IRRELEVANT = ("data.", "strategy.micro_batch")  # keys whose mistakes do not matter where no data is read
 
 
@@ -108,7 +110,8 @@ def load_entry(entry: Entry, words: Sequence[str], machine: Machine) -> Recipe:
         if recipe_file is None:
             raise UserError(f"--checkpoint {entry.source}: no recipe lies beside it. Name its run's folder.")
         source = str(recipe_file)
-    recipe, _ = resolve(load_recipe(source, [*words, *entry.words]).recipe, machine)
+    random = [] if entry.file else ["model.weights=null"]  # speed does not depend on them: nothing is downloaded
+    recipe, _ = resolve(load_recipe(source, [*random, *words, *entry.words]).recipe, machine)
     problems = [p for p in check(recipe, machine) if not p.path.startswith(IRRELEVANT)]
     if problems:
         raise RecipeError(problems)
@@ -118,8 +121,9 @@ def load_entry(entry: Entry, words: Sequence[str], machine: Machine) -> Recipe:
 def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -> Contender:
     """Build a model and put it on its device.
 
-    Weights are random unless the recipe names some; speed does not depend on them. A form that wants calibration gets
-    it on random images, which `tell` is told: such a model answers nothing sensible.
+    Weights are random unless the command line names some; speed does not depend on them. A form that wants calibration
+    gets it on random images, which `tell` is told: such a model answers nothing sensible. Blocks of int8 and fp8 models
+    are fused.
 
     Args:
         entry: how it runs, and its name.
@@ -142,6 +146,10 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
         recipe.quantization.finalize(built.model)
         model, size = built.model, built.image.size
     model = model.eval().requires_grad_(False).to(device, dtype)
+    if recipe.quantization.name in FUSED and isinstance(getattr(model, "blocks", None), nn.Module):
+        report = fuse_blocks(model)
+        for line in (report.count(), *report.reasons()):
+            tell(f"{entry.title}: {line}")
     held = weight_bytes(model)
     run = _inference(model, entry)
     words = [entry.source, *entry.words]

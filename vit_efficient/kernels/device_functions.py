@@ -6,8 +6,12 @@ a fused multiply-add is wanted, `tl.fma` asks for it.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no PTX
 
 # 1.5 * 2**23: adding it to a float32 rounds that to an integer, ties to even, if its size is at most 2**22; the integer
 # lies in the low bits of the sum. One addition, on every device and in the interpreter, where libdevice's rint is none.
@@ -70,6 +74,17 @@ def quantize_given(y, scale, LARGEST: tl.constexpr, INTEGER: tl.constexpr, smoot
 
 
 @triton.jit
+def quantize_scaled(y, inverse, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
+    """Codes of ``y * inverse``, where `inverse` is a rounded ``1 / scale``: for what is not exact anyway (GELU).
+
+    A product in place of a correctly rounded division: codes differ where a value lies within 1e-5 of a step of the
+    middle between two.
+    """
+    steps = y * inverse
+    return encode(tl.minimum(tl.maximum(steps, -LARGEST), LARGEST), INTEGER)
+
+
+@triton.jit
 def of_columns(vector, column, used, other):
     """A number a column, as a row that broadcasts."""
     return tl.load(vector + column, mask=used, other=other)[None, :]
@@ -107,22 +122,38 @@ def quantize_block(
 
 
 @triton.jit
+def _reciprocal(x):
+    """``1 / x`` within 1 unit in the last place, for normal x."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def _exp2(x):
+    """``2 ** x`` within 2 units in the last place; what would be subnormal is 0."""
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
 def gelu(y):
-    """``0.5 * y * (1 + erf(y / sqrt(2)))``, within 5e-7 of it for |y| <= 12: PyTorch's own in float32 is within 1.2e-6.
+    """``0.5 * y * (1 + erf(y / sqrt(2)))``, within 9e-7 of it: PyTorch's own in float32 is within 1.2e-6.
 
     ``gelu(y) = max(y, 0) - |y| * exp(-y * y / 2) * M(|y|)``, where M, the normal distribution's tail over its density's
-    exponential, is smooth: a polynomial of degree 9, fitted for the least largest error of the whole on 0 .. 8. A third
-    of the instructions of `tl.erf`, which in the epilogue of a product take as long as the product itself.
+    exponential, is ``u * P(u)`` with ``u = 1 / (1 + 0.44 |y|)`` (Abramowitz and Stegun, 7.1.26, has this form) and P of
+    degree 3, fitted for the least largest error of the whole. Few instructions, because the epilogue of a product takes
+    as long as they do: no negation is one of its own, so P has its sign turned.
     """
-    size = tl.minimum(tl.abs(y), 8.0)
-    tail = tl.fma(size, -4.501790044741938e-06, 9.55557479755953e-05)
-    tail = tl.fma(size, tail, -0.0009018401033245027)
-    tail = tl.fma(size, tail, 0.005081660114228725)
-    tail = tl.fma(size, tail, -0.01954605244100094)
-    tail = tl.fma(size, tail, 0.056184783577919006)
-    tail = tl.fma(size, tail, -0.12938277423381805)
-    tail = tl.fma(size, tail, 0.24880942702293396)
-    tail = tl.fma(size, tail, -0.39874693751335144)
-    tail = tl.fma(size, tail, 0.49998894333839417)
-    root = y * 0.8493218003  # sqrt(log2(e) / 2): exp(-y * y / 2) = exp2(-root * root)
-    return tl.fma(-(size * tl.exp2(-(root * root))), tail, tl.maximum(y, 0.0))
+    size = tl.abs(y)
+    u = _reciprocal(tl.fma(size, 0.44, 1.0))
+    tail = tl.fma(u, 0.12218806255643279, -0.33696019724467313)
+    tail = tl.fma(u, tail, -0.09853260497599234)
+    tail = tl.fma(u, tail, -0.18666867889786506)
+    density = _exp2(y * y * -0.7213475204444817)  # log2(e) / 2
+    return tl.fma(size * density, u * tail, tl.maximum(y, 0.0))

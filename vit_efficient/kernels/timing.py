@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+AHEAD = 2_000_000  # clock ticks, about a millisecond: longer than the host takes to prepare a launch
 FLUSHED = 4  # times the size of the second-level cache is written between two measurements
 
 
@@ -31,8 +32,8 @@ def time_in_turn(
 ) -> dict[str, Timed]:
     """Time each variant `repetitions` times, one after the other in every round, so that drifts meet all alike.
 
-    Between two measurements the cache is filled with other data. The device is busy with that while the host prepares
-    the launch, so the time of a launch does not count.
+    Before each measurement the cache is filled with other data, and the device waits for about a millisecond, in which
+    the host prepares the launch: so the time of a launch does not count.
     """
     flush = torch.empty(FLUSHED * _cache_bytes(device), dtype=torch.int8, device=device)
     for work in variants.values():
@@ -43,6 +44,7 @@ def time_in_turn(
         for name, work in variants.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            torch.cuda._sleep(AHEAD)
             start.record()
             work()
             end.record()

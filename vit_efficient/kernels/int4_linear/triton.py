@@ -100,9 +100,10 @@ def add_parts_kernel(partial, x_scale, bias, y, M, N, PARTS: tl.constexpr, INTEG
     m = tl.program_id(0) + tl.arange(0, 1)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place, inside = m[:, None].to(tl.int64) * N + n[None, :], (n < N)[None, :]
+    size = tl.full((), N, tl.int64) * M  # either may be 1, and a constant
     sum_mn = tl.zeros((1, BLOCK), tl.float32)
     for part in tl.static_range(PARTS):
-        sum_mn += tl.load(partial + M.to(tl.int64) * N * part + place, mask=inside, other=0.0)
+        sum_mn += tl.load(partial + size * part + place, mask=inside, other=0.0)
     sum_mn = _finish(sum_mn, x_scale, bias, m, n, M, N, INTEGER)
     tl.store(y + place, sum_mn.to(y.dtype.element_ty), mask=inside)
 

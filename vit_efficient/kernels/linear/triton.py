@@ -22,7 +22,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vit_efficient.kernels.device_functions import gelu, given_scales, of_columns, quantize_given, quantize_rows
+from vit_efficient.kernels.device_functions import (
+    gelu,
+    given_scales,
+    of_columns,
+    quantize_given,
+    quantize_rows,
+    quantize_scaled,
+)
 
 
 @triton.jit
@@ -90,7 +97,12 @@ def _finish(
             given = tl.load(out_scale)
             if shift is not None:
                 y = y - of_columns(shift, column, column_there, 0.0)
-            if smooth is None:
+            if GELU:  # not exact itself
+                inverse = tl.div_rn(1.0, given)
+                if smooth is not None:
+                    inverse = inverse * of_columns(reciprocal, column, column_there, 1.0)
+                codes = quantize_scaled(y, inverse, LARGEST, INTEGER)
+            elif smooth is None:
                 codes = quantize_given(y, given, LARGEST, INTEGER)
             else:
                 divisor = of_columns(smooth, column, column_there, 1.0)
@@ -185,6 +197,7 @@ def linear_kernel(
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. PARTS: that a
     tile is finished in, side by side.
     """
+    tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
