@@ -33,6 +33,7 @@ examples:
             --batch 1,256 protocol=imagenet_vit_l16 --output figures.json
   benchmark --checkpoint runs/A --checkpoint model.safetensors      (trained or quantized models)
   benchmark --peers --batch 256 protocol=imagenet_vit_l16           (what else a user could take)
+  benchmark --against "bf16 + compile" --recipe fp8_sdpa --how graph --batch 256 protocol=imagenet_vit_l16
   benchmark --train --recipe int8_sdpa --recipe int4_sdpa --batch 128 protocol=imagenet_vit_l16
   benchmark data data/in1k                                          (the data pipeline: benchmark data --help)
   benchmark kernels --batch 1 256; benchmark attention --shapes qattn   (on a GPU; each has its own --help)
@@ -66,6 +67,9 @@ def model_parser() -> Parser:
         help="a run, model file or checkpoint; may be repeated",
     )
     words.add_argument("--peers", action="store_true", help="what else a user could take, beside them")
+    words.add_argument(
+        "--against", metavar="PEER", help="one of the peers comes first, and the others are held against it"
+    )
     words.add_argument("--train", action="store_true", help="time training steps and not inference")
     words.add_argument("--batch", type=_batches, default=(1, 64), metavar="B,B", help="images in a call (default 1,64)")
     words.add_argument(
@@ -137,16 +141,17 @@ def benchmark_models(options: argparse.Namespace, console: Console) -> None:
 
     quiet()
     _seconds(options.seconds)
+    against = [_peer(PEERS, options.against, train=options.train)] if options.against else []
     if options.train and (options.how or options.checkpoint or options.peers):
         raise UserError("--train times recipes as they train: leave out --how, --checkpoint and --peers.")
     entries = [Entry(word.split()[0], tuple(word.split()[1:])) for word in options.recipe or [] if word.strip()]
     entries += [Entry(path, file=True) for path in options.checkpoint]
-    if not entries and not options.peers:
+    if not entries and not options.peers and not against:
         raise UserError(
             "There is nothing to measure: give `--recipe R` or `--checkpoint C` (repeatable), or `--peers`."
         )
     machine = detect()
-    asked = []
+    asked = [(entry, load_entry(entry, options.overrides, machine)) for entry in against]
     for entry in entries:
         recipe = load_entry(entry, options.overrides, machine)
         own = "compiled" if recipe.strategy.compile else "eager"
@@ -180,6 +185,19 @@ def benchmark_models(options: argparse.Namespace, console: Console) -> None:
             "environment": environment(machine),
         }
         write_json(options.output, figures)
+
+
+def _peer(peers: Sequence[Entry], name: str, *, train: bool) -> Entry:
+    """A peer by its name, as it is trained if that is asked."""
+    from dataclasses import replace
+
+    found = next((entry for entry in peers if entry.name == name), None)
+    if found is None:
+        raise UserError(f"--against {name}: no peer has this name. There are: {', '.join(p.title for p in peers)}.")
+    if not train:
+        return found
+    compiled = ("strategy.compile=true",) if found.how.startswith("compiled") else ()
+    return replace(found, words=(*found.words, *compiled), how="training")
 
 
 def _peers(

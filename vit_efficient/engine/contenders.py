@@ -19,6 +19,7 @@ from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.measure.models import Contender, Step
+from vit_efficient.model.backbone import create_backbone
 from vit_efficient.model.build import DTYPES, build_model
 from vit_efficient.model.fused import fuse_blocks
 from vit_efficient.model.module import learning_rate
@@ -48,6 +49,7 @@ class Entry:
         file: whether `source` is a run, model file or checkpoint.
         name: what to call it; unset: the recipe and its own overrides.
         tf32: whether float32 products may round their operands to TF32.
+        stock: timm's model as it is, with nothing of ours in it: of the recipe, only model and precision count.
     """
 
     source: str
@@ -56,19 +58,25 @@ class Entry:
     file: bool = False
     name: str | None = None
     tf32: bool = False
+    stock: bool = False
 
     @property
     def title(self) -> str:
         return self.name or " ".join((Path(self.source).name if self.file else self.source, *self.words))
 
 
-# What a user could take instead, as recipes of ours; `--peers` puts them beside the others.
+# What a user could take instead: timm's models as they are, and what others quantize, as recipes of ours (so with our
+# choice of attention kernel). `--peers` puts them beside the others, `--against` one of them before the others.
 PEERS = (
-    Entry("fp32_sdpa", name="fp32"),
-    Entry("fp32_sdpa", name="TF32 + compile", how="compiled", tf32=True),
-    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16"),
-    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + compile", how="compiled"),
-    Entry("fp32_sdpa", ("quantization.precision=fp16",), name="fp16 + compile", how="compiled"),
+    Entry("fp32_sdpa", name="fp32", stock=True),
+    Entry("fp32_sdpa", name="TF32 + compile", how="compiled", tf32=True, stock=True),
+    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16", stock=True),
+    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + graph", how="graph", stock=True),
+    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + compile", how="compiled", stock=True),
+    Entry(
+        "fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + compile + graph", how="compiled-graph", stock=True
+    ),
+    Entry("fp32_sdpa", ("quantization.precision=fp16",), name="fp16 + compile", how="compiled", stock=True),
     Entry(
         "fp32_sdpa",
         (
@@ -142,8 +150,9 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
         subject = from_checkpoint(path, recipe, classes)
         model, size = subject.model, subject.image.size
     else:
-        built = _built(recipe, device, tell, entry.title)
-        recipe.quantization.finalize(built.model)
+        built = _built(recipe, device, tell, entry)
+        if not entry.stock:
+            recipe.quantization.finalize(built.model)
         model, size = built.model, built.image.size
     model = model.eval().requires_grad_(False).to(device, dtype)
     if recipe.quantization.name in FUSED and isinstance(getattr(model, "blocks", None), nn.Module):
@@ -156,8 +165,11 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
     return Contender(entry.title, entry.how, dtype, size, held, run, words)
 
 
-def _built(recipe: Recipe, device: torch.device, tell: Callable[[str], None], title: str) -> Any:
+def _built(recipe: Recipe, device: torch.device, tell: Callable[[str], None], entry: Entry) -> Any:
     torch.manual_seed(recipe.run.seed)
+    if entry.stock:
+        return create_backbone(recipe.model, recipe.model.num_classes or CLASSES)
+    title = entry.title
     built = build_model(recipe, recipe.model.num_classes or CLASSES, base=getattr(recipe.quantization, "base", None))
     if needs_calibration(recipe):
         tell(f"{title}: calibrated on {FEWEST} random images, for its speed alone")
@@ -221,11 +233,15 @@ def _captured(forward: Step, images: Tensor) -> Step:
 
 def _trained(entry: Entry, recipe: Recipe, device: torch.device, tell: Callable[[str], None]) -> Contender:
     """A contender whose step is forward, backward, clipping and the optimizer's step, on random labels."""
-    built = _built(recipe, device, tell, entry.title)
-    if not built.trainable:
+    built = _built(recipe, device, tell, entry)
+    if not entry.stock and not built.trainable:
         raise UserError(f"{entry.title} leaves nothing to train: quantization={recipe.quantization.name}.")
     model = built.model.to(device).train()
-    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
+    call: Any = model
+    if entry.stock:
+        call = torch.compile(model, dynamic=False) if recipe.strategy.compile else model
+    else:
+        prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
     dtype = DTYPES[recipe.quantization.precision]
     held, optim = weight_bytes(model), recipe.optim
     lr = learning_rate(optim, recipe.quantization)
@@ -238,7 +254,7 @@ def _trained(entry: Entry, recipe: Recipe, device: torch.device, tell: Callable[
 
         def step(images: Tensor) -> object:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), _float32_products(entry.tf32):
-                logits = model(images)
+                logits = call(images)
             loss = F.cross_entropy(logits.float(), labels)
             scaler.scale(loss).backward()
             if optim.clip:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 WIDEST = 2**16  # columns that one program can hold
-ELEMENTS = 4096  # that a program works on at once, where rows are short
+ELEMENTS = 1024  # that a program works on at once, where rows are short: one warp, which sums without a barrier
 WARP_ELEMENTS = 1024  # a warp's share of them
 
 

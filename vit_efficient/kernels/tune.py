@@ -31,10 +31,10 @@ from vit_efficient.kernels.tuning import Shape, Tile, chip_of, choose, forced, k
 # For many rows, then for few. What does not fit a GPU's registers or shared memory is left out when it is tried.
 LARGE = (
     Tile(128, 256, 128, 8, 8, 3, parts=1), Tile(128, 256, 128, 8, 8, 3, parts=2), Tile(128, 256, 128, 8, 8, 3, parts=4),
-    Tile(128, 256, 128, 16, 8, 3, parts=1), Tile(128, 256, 64, 8, 8, 4, parts=1), Tile(256, 128, 128, 8, 8, 3, parts=1),
     Tile(256, 128, 128, 8, 8, 3, parts=2), Tile(128, 128, 128, 8, 8, 4, parts=1), Tile(128, 128, 128, 8, 4, 3, 1, 2),
-    Tile(128, 128, 128, 8, 4, 3, 2, 2), Tile(128, 128, 128, 8, 4, 3, 4, 2), Tile(128, 128, 128, 16, 4, 3, 1, 2),
-    Tile(128, 128, 64, 8, 4, 4, 1, 2), Tile(128, 128, 64, 8, 4, 4, 2, 2), Tile(64, 256, 128, 16, 4, 2, 1, 2),
+    Tile(128, 128, 128, 8, 4, 3, 2, 2), Tile(128, 128, 128, 8, 4, 3, 4, 2), Tile(128, 128, 64, 8, 4, 4, 1, 2),
+    Tile(128, 128, 64, 8, 4, 4, 2, 2), Tile(128, 128, 128, 8, 8, 3, 2, 2, 128), Tile(128, 128, 128, 8, 8, 3, 4, 2, 128),
+    Tile(128, 128, 64, 8, 8, 4, 2, 2, 128),
 )  # fmt: skip
 SMALL = (
     Tile(64, 32, 256, 1, 4, 4, programs=2), Tile(64, 32, 128, 2, 4, 6, programs=2), Tile(64, 64, 128, 4, 4, 4, 1, 2),

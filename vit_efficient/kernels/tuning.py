@@ -54,6 +54,7 @@ class Tile:
         stages: steps whose operands are in flight.
         parts: that a tile is finished in, one after the other (1, 2 or 4): fewer registers and less shared memory.
         programs: on each multiprocessor.
+        registers: that a thread may have, so that several programs fit; 0: as many as the compiler wants.
     """
 
     block_m: int
@@ -64,6 +65,13 @@ class Tile:
     stages: int = 3
     parts: int = 1
     programs: int = 1
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is told of it."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
     @classmethod
     def read(cls, described: dict[str, Any]) -> Tile:

@@ -14,6 +14,7 @@ from vit_efficient.errors import UserError
 from vit_efficient.model.backbone import Backbone, create_backbone
 from vit_efficient.model.narrow import widen
 from vit_efficient.model.origin import Origin
+from vit_efficient.model.patches import patches_as_product
 from vit_efficient.model.weights import is_quantized
 from vit_efficient.quantization.base import Report
 from vit_efficient.recipe.schema import ModelConfig, Recipe
@@ -59,6 +60,7 @@ def build_plain(config: ModelConfig, recipe: Recipe, num_classes: int) -> tuple[
 
 def _backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Backbone:
     backbone = create_backbone(config, num_classes)
+    patches_as_product(backbone.model)
     swap_attention(backbone.model, recipe.attention.build())
     if config.pad_tokens:
         pad_tokens(backbone.model, config.pad_tokens)

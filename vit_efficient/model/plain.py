@@ -20,6 +20,7 @@ from vit_efficient.config import Config
 from vit_efficient.errors import CapabilityError, Problem, RecipeError, UserError
 from vit_efficient.machine import detect
 from vit_efficient.model.fused import FusedBlock, fuse_blocks
+from vit_efficient.model.patches import patches_as_product
 from vit_efficient.quantization.calibrate import FEWEST, calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.config import QuantizationConfig
@@ -77,6 +78,7 @@ def quantize_model(
     if not inplace:
         model = copy.deepcopy(model)
     model.eval().requires_grad_(False).float()  # codes are chosen in float32
+    patches_as_product(model)
     swap_attention(model, SdpaConfig().build())  # which runs in float32 too
     report = quantization.apply(model, compute_dtype=dtype)
     lines = report.lines()

@@ -87,11 +87,13 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
     if vectors:
         types |= dict.fromkeys(("shift", "smooth", "reciprocal"), "*fp32")
     if name == "residual":
-        types |= {"residual": "*bf16", "gamma": "*bf16"}
+        part = f"[{tile.block_m}, {tile.block_n // tile.parts}]"
+        types |= {"residual": f"tensordesc<bf16{part}>" if described else "*bf16", "gamma": "*bf16"}
     constants = {
         "FP8": fp8, "PROMOTE": 128 if op == "fp8_linear" and described else 0, "LAYOUT": form.layout, "GELU": form.gelu,
         "QUANT": form.quant, "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROW_SCALES": True,
         "COLUMN_SCALES": True, "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
+        "RESIDUAL_DESCRIPTOR": described,
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
@@ -112,7 +114,8 @@ def test_sizes_of_one_which_triton_takes_for_constants(ones: tuple[str, ...]) ->
     constants = {
         "FP8": False, "PROMOTE": 0, "LAYOUT": "heads" if heads else "rows", "GELU": False,
         "QUANT": "token" if heads else "none", "LARGEST": 127, "INTEGER": True, "ROW_SCALES": not heads,
-        "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False, "EVEN_K": False, "HEADS": 2,
+        "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False,
+        "RESIDUAL_DESCRIPTOR": False, "EVEN_K": False, "HEADS": 2,
         "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2,
         "PARTS": 2,
     }  # fmt: skip

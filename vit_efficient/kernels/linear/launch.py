@@ -92,13 +92,16 @@ def launch(
     store = descriptors and form.layout == "rows" and describable(out)
     chosen = format_of(form.codes)
     tiles = -(-rows // tile.block_m) * -(-outputs // step)
-    described_out = TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // tile.parts]) if store else out
+    part = [tile.block_m, tile.block_n // tile.parts]
+    described_out = TensorDescriptor.from_tensor(out, part) if store else out
+    through = store and residual_MN is not None and describable(residual_MN)
+    added = TensorDescriptor.from_tensor(residual_MN, part) if through else residual_MN
     grid = (min(tiles, _processors(q_MK.device) * tile.programs),)
     with torch.cuda.device_of(q_MK):
         linear_kernel[grid](
             TensorDescriptor.from_tensor(q_MK, [tile.block_m, tile.block_k]) if descriptors else q_MK,
             TensorDescriptor.from_tensor(q_NK, [tile.block_n, tile.block_k]) if descriptors else q_NK,
-            scale_M1.contiguous(), scale_N1.contiguous(), vector(bias_N), residual_MN, vector(gamma_N), described_out,
+            scale_M1.contiguous(), scale_N1.contiguous(), vector(bias_N), added, vector(gamma_N), described_out,
             out_scale, vector(shift_N), vector(smooth_N), vector(reciprocal_N), scales,
             rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
             0 if residual_MN is None else residual_MN.stride(0), form.tokens,
@@ -108,7 +111,7 @@ def launch(
             DESCRIPTORS=descriptors, STORE_DESCRIPTOR=store, EVEN_K=inputs % tile.block_k == 0,
             HEADS=form.heads, WIDTH=form.width, HEAD_BLOCK=head_block,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEP_N=step, GROUP=tile.group,
-            PARTS=tile.parts, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            PARTS=tile.parts, RESIDUAL_DESCRIPTOR=through, **tile.options, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ def _finish(
     smooth, reciprocal, scales, M, N, tokens, residual_stride,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
+    RESIDUAL_DESCRIPTOR: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +90,12 @@ def _finish(
     if residual is not None:
         if gamma is not None:
             y = tl.load(gamma + column, mask=column_there, other=0.0).to(tl.float32)[None, :] * y
-        at = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
-        y = tl.load(at, mask=there, other=0.0).to(tl.float32) + y
+        if RESIDUAL_DESCRIPTOR:
+            old = residual.load([first_row, first_column])
+        else:
+            at = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
+            old = tl.load(at, mask=there, other=0.0)
+        y = old.to(tl.float32) + y
 
     if LAYOUT == "rows":
         if QUANT == "static":
@@ -151,6 +156,7 @@ def _finish_parts(
     smooth, reciprocal, scales, M, N, tokens, residual_stride,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
+    RESIDUAL_DESCRIPTOR: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -163,20 +169,22 @@ def _finish_parts(
         _finish(
             sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
             shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
-            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS,
+            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
+            COLUMNS,
         )  # fmt: skip
     else:
         left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, COLUMNS // 2)), (0, 2, 1)))
         _finish_parts(
             left, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
             shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
-            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
+            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
+            COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
         _finish_parts(
             right, first_row, first_column + COLUMNS // 2, end_column, row_scale, column_scale, bias, residual, gamma,
             out, out_scale, shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT,
-            LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
-            COLUMNS // 2, PARTS // 2,
+            LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH,
+            HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
 
 
@@ -187,12 +195,13 @@ def linear_kernel(
     FP8: tl.constexpr, PROMOTE: tl.constexpr,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr, RESIDUAL_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEP_N: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says.
+    """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says, and
+    `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
 
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. PARTS: that a
     tile is finished in, side by side.
@@ -216,5 +225,6 @@ def linear_kernel(
         _finish_parts(
             sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
             shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
-            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M, BLOCK_N, PARTS,
+            ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
+            BLOCK_N, PARTS,
         )  # fmt: skip
