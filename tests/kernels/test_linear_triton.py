@@ -79,7 +79,8 @@ def check_codes(found: Tensor, expected: Tensor, least: float) -> None:
     if expected.dtype == torch.float8_e4m3fn:  # the interpreter truncates where a rounded number would carry
         least = 0.9 if INTERPRETED else 0.98
     differ = int((found.float() != expected.float()).sum())  # a mean of ones is less than 1 on a GPU
-    assert differ <= (1 - least) * found.numel(), f"{differ} of {found.numel()} codes differ"
+    few = 0 if least == 1 else 4  # of a single row, a share says little
+    assert differ <= max(few, (1 - least) * found.numel()), f"{differ} of {found.numel()} codes differ"
 
 
 def close_scales(found: Tensor, expected: Tensor, exact: bool) -> None:

@@ -93,7 +93,7 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
         "FP8": fp8, "PROMOTE": 128 if op == "fp8_linear" and described else 0, "LAYOUT": form.layout, "GELU": form.gelu,
         "QUANT": form.quant, "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROW_SCALES": True,
         "COLUMN_SCALES": True, "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
-        "RESIDUAL_DESCRIPTOR": described,
+        "RESIDUAL_DESCRIPTOR": described, "ALONE": False,
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
@@ -115,7 +115,7 @@ def test_sizes_of_one_which_triton_takes_for_constants(ones: tuple[str, ...]) ->
         "FP8": False, "PROMOTE": 0, "LAYOUT": "heads" if heads else "rows", "GELU": False,
         "QUANT": "token" if heads else "none", "LARGEST": 127, "INTEGER": True, "ROW_SCALES": not heads,
         "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False,
-        "RESIDUAL_DESCRIPTOR": False, "EVEN_K": False, "HEADS": 2,
+        "RESIDUAL_DESCRIPTOR": False, "ALONE": False, "EVEN_K": False, "HEADS": 2,
         "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2,
         "PARTS": 2,
     }  # fmt: skip

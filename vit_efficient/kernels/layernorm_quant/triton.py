@@ -24,6 +24,12 @@ def _kernel(
     column = tl.arange(0, BLOCK)
     used = column < D
     there = (row < M)[:, None] & used[None, :]
+    # Loaded here and used at the end, so that nothing waits for them.
+    factor, added = weight, bias
+    if weight is not None:
+        factor = tl.load(weight + column, mask=used, other=0.0).to(tl.float32)
+    if bias is not None:
+        added = tl.load(bias + column, mask=used, other=0.0).to(tl.float32)
     r = tl.load(x + row[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(tl.float32)
     if residual is not None:
         if gamma is not None:
@@ -39,9 +45,9 @@ def _kernel(
     inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
     out = centred * inverse[:, None]
     if weight is not None:
-        out *= tl.load(weight + column, mask=used, other=0.0).to(tl.float32)[None, :]
+        out *= factor[None, :]
     if bias is not None:
-        out += tl.load(bias + column, mask=used, other=0.0).to(tl.float32)[None, :]
+        out += added[None, :]
     if QUANT == "none":
         tl.store(y + row[:, None] * D + column[None, :], out.to(y.dtype.element_ty), mask=there)
     else:

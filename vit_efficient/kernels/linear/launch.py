@@ -95,8 +95,11 @@ def launch(
     part = [tile.block_m, tile.block_n // tile.parts]
     described_out = TensorDescriptor.from_tensor(out, part) if store else out
     through = store and residual_MN is not None and describable(residual_MN)
+    programs = _processors(q_MK.device) * tile.programs
+    alone = tiles <= programs and tile.parts == 1
+    through = through and not alone
     added = TensorDescriptor.from_tensor(residual_MN, part) if through else residual_MN
-    grid = (min(tiles, _processors(q_MK.device) * tile.programs),)
+    grid = (min(tiles, programs),)
     with torch.cuda.device_of(q_MK):
         linear_kernel[grid](
             TensorDescriptor.from_tensor(q_MK, [tile.block_m, tile.block_k]) if descriptors else q_MK,
@@ -111,7 +114,7 @@ def launch(
             DESCRIPTORS=descriptors, STORE_DESCRIPTOR=store, EVEN_K=inputs % tile.block_k == 0,
             HEADS=form.heads, WIDTH=form.width, HEAD_BLOCK=head_block,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEP_N=step, GROUP=tile.group,
-            PARTS=tile.parts, RESIDUAL_DESCRIPTOR=through, **tile.options, enable_fp_fusion=False,
+            PARTS=tile.parts, RESIDUAL_DESCRIPTOR=through, ALONE=alone, **tile.options, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -59,6 +59,21 @@ def _load(x, stride, first_row, k, rows, K, DESCRIPTORS: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
+def _vector(at, index, there, MANY: tl.constexpr, SIZE: tl.constexpr):
+    """A number for each index, or one for all."""
+    if MANY:
+        found = tl.load(at + index, mask=there, other=0.0).to(tl.float32)
+    else:
+        found = tl.load(at).to(tl.float32) + tl.zeros((SIZE,), tl.float32)
+    return found
+
+
+@triton.jit
+def _block(x, row, column, there, stride):
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=there, other=0.0)
+
+
+@triton.jit
 def _finish(
     sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale, shift,
     smooth, reciprocal, scales, M, N, tokens, residual_stride,
@@ -66,35 +81,38 @@ def _finish(
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
     RESIDUAL_DESCRIPTOR: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, LOADED: tl.constexpr,
 ):  # fmt: skip
-    """From sums (BLOCK_M, COLUMNS) to what is stored. The order of operations is the definition's."""
+    """From sums (BLOCK_M, COLUMNS) to what is stored. The order of operations is the definition's.
+
+    LOADED: scales, bias and residual of this tile are given as they are, and not where they lie.
+    """
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, COLUMNS)
     row_there, column_there = row < M, column < end_column
     there = row_there[:, None] & column_there[None, :]
-    if ROW_SCALES:
-        incoming = tl.load(row_scale + row, mask=row_there, other=0.0)
-        y = sums.to(tl.float32) * incoming[:, None]
+    if LOADED:
+        incoming, of_column, added = row_scale, column_scale, bias
     else:
-        incoming = tl.load(row_scale) + tl.zeros((BLOCK_M,), tl.float32)
-        y = sums.to(tl.float32) * tl.load(row_scale)
-    if COLUMN_SCALES:
-        y = y * tl.load(column_scale + column, mask=column_there, other=0.0)[None, :]
-    else:
-        y = y * tl.load(column_scale)
+        incoming = _vector(row_scale, row, row_there, ROW_SCALES, BLOCK_M)
+        of_column = _vector(column_scale, column, column_there, COLUMN_SCALES, COLUMNS)
+        added = bias
+        if bias is not None:
+            added = _vector(bias, column, column_there, True, COLUMNS)
+    y = sums.to(tl.float32) * incoming[:, None] * of_column[None, :]
     if bias is not None:
-        y = y + tl.load(bias + column, mask=column_there, other=0.0).to(tl.float32)[None, :]
+        y = y + added[None, :]
     if GELU:
         y = gelu(y)
     if residual is not None:
         if gamma is not None:
             y = tl.load(gamma + column, mask=column_there, other=0.0).to(tl.float32)[None, :] * y
-        if RESIDUAL_DESCRIPTOR:
+        if LOADED:
+            old = residual
+        elif RESIDUAL_DESCRIPTOR:
             old = residual.load([first_row, first_column])
         else:
-            at = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
-            old = tl.load(at, mask=there, other=0.0)
+            old = _block(residual, row, column, there, residual_stride)
         y = old.to(tl.float32) + y
 
     if LAYOUT == "rows":
@@ -158,7 +176,7 @@ def _finish_parts(
     ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
     RESIDUAL_DESCRIPTOR: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, LOADED: tl.constexpr,
 ):  # fmt: skip
     """`_finish` in PARTS parts (a power of two), one after the other: fewer registers, less shared memory.
 
@@ -170,7 +188,7 @@ def _finish_parts(
             sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
             shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
             ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
-            COLUMNS,
+            COLUMNS, LOADED,
         )  # fmt: skip
     else:
         left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, COLUMNS // 2)), (0, 2, 1)))
@@ -178,14 +196,34 @@ def _finish_parts(
             left, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
             shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
             ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
-            COLUMNS // 2, PARTS // 2,
+            COLUMNS // 2, PARTS // 2, LOADED,
         )  # fmt: skip
         _finish_parts(
             right, first_row, first_column + COLUMNS // 2, end_column, row_scale, column_scale, bias, residual, gamma,
             out, out_scale, shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT,
             LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH,
-            HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2,
+            HEAD_BLOCK, BLOCK_M, COLUMNS // 2, PARTS // 2, LOADED,
         )  # fmt: skip
+
+
+@triton.jit
+def _product(
+    a, b, first_row, first_column, M, N, K, a_stride, b_stride,
+    FP8: tl.constexpr, PROMOTE: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums (BLOCK_M, BLOCK_N) of one tile."""
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if FP8 else tl.int32)
+    for k in range(0, K, BLOCK_K):
+        x = _load(a, a_stride, first_row, k, M, K, DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_K)
+        w = _load(b, b_stride, first_column, k, N, K, DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K)
+        if not FP8:
+            sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
+        elif PROMOTE:
+            sums = tl.dot(x, w.T, sums, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
+        else:
+            sums = tl.dot(x, w.T, sums, out_dtype=tl.float32)
+    return sums
 
 
 @triton.jit
@@ -198,33 +236,52 @@ def linear_kernel(
     DESCRIPTORS: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr, RESIDUAL_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEP_N: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says, and
     `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
 
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. PARTS: that a
-    tile is finished in, side by side.
+    tile is finished in, side by side. ALONE: each program has one tile, whole; what its end needs is loaded before the
+    product, and waits for nothing behind it.
     """
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
+    if ALONE:
+        tile_m, tile_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
         first_row, first_column = tile_m * BLOCK_M, tile_n * STEP_N
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if FP8 else tl.int32)
-        for k in range(0, K, BLOCK_K):
-            x = _load(a, a_stride, first_row, k, M, K, DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_K)
-            w = _load(b, b_stride, first_column, k, N, K, DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K)
-            if not FP8:
-                sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
-            elif PROMOTE:
-                sums = tl.dot(x, w.T, sums, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
-            else:
-                sums = tl.dot(x, w.T, sums, out_dtype=tl.float32)
         end_column = tl.minimum(N, first_column + STEP_N)
-        _finish_parts(
-            sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
+        row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        rows = _vector(row_scale, row, row < M, ROW_SCALES, BLOCK_M)
+        columns = _vector(column_scale, column, column < end_column, COLUMN_SCALES, BLOCK_N)
+        added, old = bias, residual
+        if bias is not None:
+            added = _vector(bias, column, column < end_column, True, BLOCK_N)
+        if residual is not None:
+            there = (row < M)[:, None] & (column < end_column)[None, :]
+            old = _block(residual, row, column, there, residual_stride)
+        sums = _product(
+            a, b, first_row, first_column, M, N, K, a_stride, b_stride,
+            FP8, PROMOTE, DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        _finish(
+            sums, first_row, first_column, end_column, rows, columns, added, old, gamma, out, out_scale,
             shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT, LARGEST, INTEGER,
             ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH, HEAD_BLOCK, BLOCK_M,
-            BLOCK_N, PARTS,
+            BLOCK_N, True,
         )  # fmt: skip
+    else:
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
+            tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
+            first_row, first_column = tile_m * BLOCK_M, tile_n * STEP_N
+            sums = _product(
+                a, b, first_row, first_column, M, N, K, a_stride, b_stride,
+                FP8, PROMOTE, DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            end_column = tl.minimum(N, first_column + STEP_N)
+            _finish_parts(
+                sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out,
+                out_scale, shift, smooth, reciprocal, scales, M, N, tokens, residual_stride, LAYOUT, GELU, QUANT,
+                LARGEST, INTEGER, ROW_SCALES, COLUMN_SCALES, STORE_DESCRIPTOR, RESIDUAL_DESCRIPTOR, HEADS, WIDTH,
+                HEAD_BLOCK, BLOCK_M, BLOCK_N, PARTS, False,
+            )  # fmt: skip
