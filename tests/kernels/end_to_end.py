@@ -36,7 +36,7 @@ from vit_efficient.attention.swap import swap_attention
 from vit_efficient.engine.backends import defined
 from vit_efficient.engine.fused_run import FusedRun, given_codes
 from vit_efficient.engine.parts import Layer, comparable, product, quantized
-from vit_efficient.engine.tally import GELU_SHARE, OFF_BY, SHARE, Tally, relative
+from vit_efficient.engine.tally import Tally, relative
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.fp8 import Fp8Config
@@ -111,7 +111,6 @@ class Measurement:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.exact, self.own, self.dtype = model, copy.deepcopy(model).to(dtype), dtype
         self.fast = FusedRun(self.own)
-        self.wider = self.fast.behind_activations()
         self.layers: dict[str, Tally] = {}
         self.given = 0.0
         self.whole: dict[str, Whole] = {}
@@ -123,8 +122,7 @@ class Measurement:
         own = reference(self.own, given)
 
         def see(name: str, codes: Tensor, wanted: Tensor) -> None:
-            least = GELU_SHARE if name in self.wider else SHARE
-            tally = self.layers.setdefault(name, Tally(exact=False, least=least))
+            tally = self.layers.setdefault(name, self.fast.tally(name))
             tally.add_codes(codes, wanted, comparable(own[1][name].values).cpu())
 
         if self.dtype == torch.float32:
@@ -153,7 +151,8 @@ class Measurement:
                     name: {
                         "codes_equal": one.share,
                         "largest_difference": one.largest,
-                        "bound": one.least,
+                        "bound": 1.0 if one.exact else one.least,
+                        "off_by": 0 if one.exact else one.off_by,
                         "holds": one.breach() is None,
                         "codes_equal_in_whole_runs": one.running / one.total,
                     }
@@ -188,7 +187,11 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
                 f"    codes {percent(figures['codes_equal'])}, logits {figures['logits_error']:.1e}, "
                 f"top-1 {percent(figures['top1_agreement'])}"
             )
-    yield f"bounds, same codes: {100 * SHARE:.2f} % a layer, {100 * GELU_SHARE:.1f} % behind GELU, off by {OFF_BY}"
+    yield "bounds, same codes:"
+    for one in measured[:1]:
+        for bound in sorted({(layer["bound"], layer["off_by"]) for layer in one["same_codes"]["layers"].values()}):
+            kept = [name for name, layer in one["same_codes"]["layers"].items() if layer["bound"] == bound[0]]
+            yield f"  {100 * bound[0]:.2f} % of each of {len(kept)} layers ({kept[0]} ..), off by {bound[1]}"
     for one in measured:
         broken = [name for name, layer in one["same_codes"]["layers"].items() if not layer["holds"]]
         yield f"  {one['dtype']}: " + (f"broken at {', '.join(broken)}" if broken else "held")

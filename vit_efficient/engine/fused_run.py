@@ -21,7 +21,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from vit_efficient.engine.backends import Operands, defined
-from vit_efficient.engine.parts import Layer, code_layers, comparable, product, quantized
+from vit_efficient.engine.parts import Layer, code_layers, comparable, fp8_layers, output_bound, product, quantized
+from vit_efficient.engine.tally import FP8_CHANGED, FP8_OFF_BY, GELU_SHARE, SHARE, Tally
 from vit_efficient.kernels.device import by_definition
 from vit_efficient.model.fused import FusedBlock, fuse_blocks
 from vit_efficient.quantization.fp8_layers import DeployedFp8
@@ -62,9 +63,13 @@ class FusedRun:
         on_cpu = all(tensor.device.type == "cpu" for tensor in self.model.state_dict().values())
         return on_cpu and not integer_attention(self.model) and not isinstance(self.model, VisionTransformerRelPos)
 
-    def behind_activations(self) -> set[str]:
-        """Layers behind an MLP's activation in fused blocks: GELU's erf is a library's, so bounds are wider there."""
-        return {name for name in self._views() if name.endswith(".mlp.fc2")}
+    def tally(self, name: str) -> Tally:
+        """A count for a layer, with the bounds that hold there: behind an MLP's activation wider ones, as GELU's erf is
+        a library's; and in an fp8 model those of sums on fp8 units."""
+        least = GELU_SHARE if name in self._views() and name.endswith(".mlp.fc2") else SHARE
+        if units := [output_bound(layer) or 0.0 for layer in fp8_layers(self.model).values()]:
+            return Tally(self.exact, least=1 - FP8_CHANGED * max(units), off_by=FP8_OFF_BY)
+        return Tally(self.exact, least=least)
 
     def _views(self) -> dict[str, FusedLinear]:
         return {

@@ -8,8 +8,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from vit_efficient.engine.parts import FP8_UNITS
 from vit_efficient.engine.tally import (
     BF16_LOGITS,
+    FP8_CHANGED,
     FUSED,
     GELU_SHARE,
     OFF_BY,
@@ -44,7 +46,7 @@ def show(result: VerifyResult, console: Console) -> None:
         "Bounds: all codes, and all outputs of integer layers, bit for bit; outputs of attention within 1e-5, of fp8 "
         f"units 1e-3 (fast: 1e-2); of onnx {100 * SHARE:.2f} % of codes, off by {OFF_BY}, outputs within {OUTPUT:.0e}. "
         f"Of fused blocks: on a CPU all codes; on a GPU {100 * SHARE:.2f} %, behind an MLP's activation "
-        f"{100 * GELU_SHARE:.1f} %, off by {OFF_BY}. "
+        f"{100 * GELU_SHARE:.1f} %, off by {OFF_BY}; fp8 {100 * (1 - FP8_CHANGED * FP8_UNITS):.0f} %. "
         "Digests are of whole runs: those of a backend that rounds norms or softmax otherwise, as onnx does, soon "
         "differ.",
         soft_wrap=True,

@@ -353,12 +353,17 @@ def tally(total: int, wrong: int, by: int, exact: bool = True, bound: float = 0.
     return counted
 
 
-def test_bounds() -> None:
+def test_bounds(integer_model: Make) -> None:
     assert tally(10_000, 1, 1, False).breach() is None
     assert "99.9900 % of the codes" in (tally(10_000, 1, 1).breach() or "")
     assert "99.9800 %" in (tally(10_000, 2, 1, False).breach() or "")
     assert "largest difference 2" in (tally(20_000, 1, 2, False).breach() or "")
     assert tally(100, 0, 0).breach() is None
+    wide = FusedRun(fp8_model()).tally("blocks.0.attn.qkv")
+    assert (wide.exact, round(wide.least, 3), wide.off_by) == (True, 0.97, 254)
+    narrow = FusedRun(integer_model())
+    assert narrow.tally("blocks.0.mlp.fc1").least == 0.9999
+    assert narrow.tally("blocks.0.mlp.fc2").least == 0.999
     other, exact = tally(100, 0, 0, False, 1e-5), tally(100, 0, 0)
     zeros, y = torch.zeros(1, 1, dtype=torch.int8), torch.ones(1, 4)
     for one in (other, exact):
