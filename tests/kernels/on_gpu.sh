@@ -9,6 +9,10 @@ ops="int8_linear fp8_linear_fast fp8_linear"
 if python3 -c "import xdist" 2>/dev/null; then parallel="-n 8"; else parallel=""; fi
 # shellcheck disable=SC2086
 python3 -m pytest -q -x $parallel tests/kernels/test_rows_triton.py tests/kernels/test_linear_triton.py
+# The fast model against the reference on real images, where VIT_EFFICIENT_TEST_DATA names a folder with both.
+if [ -n "${VIT_EFFICIENT_TEST_DATA:-}" ]; then
+    python3 tests/kernels/end_to_end.py --output "$out/end_to_end.json"
+fi
 # shellcheck disable=SC2086
 python3 -m vit_efficient.kernels.tune --op $ops --batch 256 1 --output "$out/tiles.json"
 # shellcheck disable=SC2086

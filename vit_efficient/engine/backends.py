@@ -17,17 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_efficient.engine.parts import (
     Inputs,
+    Layer,
     Part,
     attention_codes,
     attention_dtype,
     code_layers,
+    comparable,
     definition,
     fp8_layers,
     integer_layers,
-    ordinals,
 )
+from vit_efficient.kernels.capability import lacks_triton
 from vit_efficient.kernels.fp8_linear.op import has_units
-from vit_efficient.kernels.int8_linear import op
+from vit_efficient.kernels.int8_linear import op, reference
 from vit_efficient.quantization.fp8_layers import DeployedFp8
 from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
 from vit_efficient.quantization.int8_layers import DeployedInt8, to_image
@@ -77,16 +79,31 @@ def in_float32(model: nn.Module) -> nn.Module:
 # -- the definition ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def defined(model: nn.Module) -> Iterator[None]:
-    """Every part answers what the definition says, whatever it would have answered itself."""
+def by_definition(name: str, layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer's output (M, N) as the definition has it."""
+    return definition(layer, Inputs((x,), {}), dtype)[1]
 
-    def answer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert isinstance(layer, DeployedInt8 | DeployedFp8)
-        _, y_MN = definition(layer, Inputs(inputs, {}), output.dtype)
-        if layer.deployed == "linear":
-            return y_MN.view(output.shape)
-        return to_image(y_MN.view(output.shape[0], -1, output.shape[1]), (output.shape[2], output.shape[3]))
+
+@contextmanager
+def defined(
+    model: nn.Module, layers: Callable[[str, Layer, Tensor, torch.dtype], Tensor] = by_definition
+) -> Iterator[None]:
+    """Every part answers what the definition says, whatever it would have answered itself.
+
+    Args:
+        model: deployed; its blocks not fused.
+        layers: what layers answer: from name, layer, input and the output's dtype to (M, N).
+    """
+
+    def answering(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def answer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            assert isinstance(layer, DeployedInt8 | DeployedFp8)
+            y_MN = layers(name, layer, inputs[0], output.dtype)
+            if layer.deployed == "linear":
+                return y_MN.view(output.shape)
+            return to_image(y_MN.view(output.shape[0], -1, output.shape[1]), (output.shape[2], output.shape[3]))
+
+        return answer
 
     def attend(part: Int8Attend) -> Callable[..., Tensor]:
         def run(*tensors: Tensor, **options: Any) -> Tensor:
@@ -96,8 +113,8 @@ def defined(model: nn.Module) -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
-        for layer in code_layers(model).values():
-            stack.callback(layer.register_forward_hook(answer).remove)
+        for name, layer in code_layers(model).items():
+            stack.callback(layer.register_forward_hook(answering(name)).remove)
         for part in integer_attention(model).values():
             stack.enter_context(_attending(part, attend(part)))
         yield
@@ -128,12 +145,28 @@ class _Substituted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.vit_efficient.int8_matmul.default:
             return self.product(*args)
+        if func is torch.ops.vit_efficient.linear.default and args[0].dtype == torch.int8 and not args[5]:
+            q_MK, scale_M1, q_NK, scale_N1, bias_N, _, dtype, _ = args
+            return reference.epilogue(self.product(q_MK, q_NK), scale_M1, scale_N1.reshape(-1), bias_N, dtype)
         return func(*args, **(kwargs or {}))
 
 
 def substituted(product: Product) -> Callable[[nn.Module], AbstractContextManager[Any]]:
-    """A backend's `using` that runs `product` (int8 (M, K) and (N, K) to int32 (M, N)) in the place of our own."""
+    """A backend's `using` that runs `product` (int8 (M, K) and (N, K) to int32 (M, N)) in the place of our own.
+
+    That is the product of `int8_matmul`, and on a GPU the operation `linear`, whose epilogue is then the definition's.
+    """
     return lambda model: _Substituted(product)
+
+
+def _triton_absent(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "its kernels are for GPUs; here the layers do without"
+    return lacks_triton(device)
+
+
+def _takes_linear(model: nn.Module) -> bool:
+    return any(layer.scheme.group is None for layer in integer_layers(model).values())
 
 
 def _int_mm_absent(device: torch.device) -> str | None:
@@ -160,8 +193,10 @@ def _float32_absent(device: torch.device) -> str | None:
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(True, lambda device: None, defined, lambda model: True),
-    # The model as it is deployed: the operation `int8_matmul` takes `torch._int_mm` where that is exact.
-    "torch._int_mm": Backend(True, _int_mm_absent, lambda model: nullcontext()),
+    # The model as it is deployed on a GPU: layers without groups are the operation `linear`, a kernel with epilogue.
+    "Triton": Backend(True, _triton_absent, lambda model: nullcontext(), _takes_linear),
+    # As deployed on a CPU, and for layers with groups: `int8_matmul` takes `torch._int_mm` where that is exact.
+    "torch._int_mm": Backend(True, _int_mm_absent, substituted(op.int8_matmul)),
     "float32 sums": Backend(True, _float32_absent, lambda model: nullcontext()),
     # Likewise `fp8_matmul`.
     "torch._scaled_mm": Backend(True, _units_absent, lambda model: nullcontext(), lambda m: bool(fp8_layers(m))),
@@ -172,41 +207,55 @@ BACKENDS: dict[str, Backend] = {
 # -- observation ------------------------------------------------------------------------------------------------------
 
 
-class _Operands(TorchDispatchMode):
-    """Keeps the activations' codes of every product of codes."""
+def _products() -> list[Any]:
+    """Operations that multiply codes; their first argument is the tokens' codes."""
+    ops = torch.ops.vit_efficient
+    names = ("linear", "linear_quant", "linear_residual", "linear_heads", "linear_heads_quant")
+    return [ops.int8_matmul.default, ops.fp8_matmul.default, *(getattr(ops, name).default for name in names)]
+
+
+class Operands(TorchDispatchMode):
+    """Keeps the tokens' codes of every product of codes, while it is active, whichever operation it is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.codes: list[Tensor] = []
+        self.products = _products()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.vit_efficient.int8_matmul.default:
+        if func in self.products:
             self.codes.append(args[0])
-        elif func is torch.ops.vit_efficient.fp8_matmul.default:
-            self.codes.append(ordinals(args[0]))
         return func(*args, **(kwargs or {}))
+
+    def take(self) -> Tensor | None:
+        """The codes (M, K) since the last call, joined where a layer multiplied group by group; None: none were."""
+        codes, self.codes = self.codes, []
+        if len(codes) < 2:
+            return codes[0] if codes else None
+        return torch.cat(codes, dim=1)
 
 
 @torch.no_grad()
 def observe(model: nn.Module, images: Tensor, backend: Backend, see: Callable[[Seen], None]) -> Tensor:
     """Run `model` on `backend` and show every part as it ends.
 
-    The codes shown are those that entered the layer's product: a layer with groups has several, which are joined. A
-    backend that does without the operations `int8_matmul` and `fp8_matmul` is believed to quantize as the layer's own
+    The codes shown are those that entered the layer's product: a layer with groups has several, which are joined. Where
+    no operation here multiplies codes (`int4_linear` quantizes inside), the layer is believed to quantize as its own
     `codes` does, and attention as `kernels.int8_attention.op` does.
 
     Returns:
         Logits (B, C), float32.
     """
-    operands = _Operands()
+    operands = Operands()
 
     def begin(layer: nn.Module, inputs: Any) -> None:
-        operands.codes.clear()
+        operands.take()
 
     def end(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(layer, DeployedInt8 | DeployedFp8)
-            codes = torch.cat(operands.codes, dim=1) if operands.codes else _own_codes(layer, inputs[0])
+            taken = operands.take()
+            codes = comparable(layer.codes(inputs[0])[0] if taken is None else taken)
             tokens = output.flatten(2).transpose(1, 2) if layer.deployed == "patches" else output
             see(Seen(name, layer, Inputs(inputs, {}), codes, tokens.reshape(-1, tokens.shape[-1])))
 
@@ -231,8 +280,3 @@ def observe(model: nn.Module, images: Tensor, backend: Backend, see: Callable[[S
             stack.enter_context(_attending(part, shown(name, part)))
         stack.enter_context(operands)
         return model(images).float()
-
-
-def _own_codes(layer: DeployedInt8 | DeployedFp8, x: Tensor) -> Tensor:
-    codes = layer.codes(x)[0]
-    return codes if isinstance(layer, DeployedInt8) else ordinals(codes)

@@ -20,7 +20,8 @@ from vit_efficient.quantization.fp8_layers import DeployedFp8
 from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
 from vit_efficient.quantization.int8_layers import DeployedInt8, to_patches
 
-Part = DeployedInt8 | DeployedFp8 | Int8Attend
+Layer = DeployedInt8 | DeployedFp8
+Part = Layer | Int8Attend
 
 FLOAT32 = 1e-5  # of an output's norm: float32 sums in another order
 FP8_UNITS, FP8_FAST = 1e-3, 1e-2  # the same on fp8 matrix units, which sum in fewer bits
@@ -48,7 +49,7 @@ def fp8_layers(model: nn.Module) -> dict[str, DeployedFp8]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DeployedFp8)}
 
 
-def code_layers(model: nn.Module) -> dict[str, DeployedInt8 | DeployedFp8]:
+def code_layers(model: nn.Module) -> dict[str, Layer]:
     """All layers that multiply codes, by name, in the model's order."""
     found = integer_layers(model) | fp8_layers(model)
     return {name: found[name] for name, _ in model.named_modules() if name in found}
@@ -75,34 +76,41 @@ def definition(part: Part, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, 
         The codes that enter its product, int8 (of fp8 their `ordinals`), and its output in `dtype`: (M, K) and (M, N)
         of a layer; of attention the codes of queries, keys and values in a row, and (B, H, N, F).
     """
-    with torch.autocast(inputs.tensors[0].device.type, enabled=False):  # which would round the sums
-        if isinstance(part, Int8Attend):
+    if isinstance(part, Int8Attend):
+        with torch.autocast(inputs.tensors[0].device.type, enabled=False):  # which would round the sums
             return _attention(part, inputs, dtype)
-        (x,) = inputs.tensors
-        tokens = to_patches(x, part.shape[2:])[0] if part.deployed == "patches" else x
+    (x,) = inputs.tensors
+    q_MK, scale_M1 = quantized(part, x)
+    return comparable(q_MK), product(part, q_MK, scale_M1, dtype)
+
+
+def quantized(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the definition quantizes a layer's input to: codes (M, K) and their scales (M, 1) or (1, 1)."""
+    with torch.autocast(x.device.type, enabled=False):
+        tokens = to_patches(x, layer.shape[2:])[0] if layer.deployed == "patches" else x
         x_MK = tokens.reshape(-1, tokens.shape[-1])
-        if part.shift is not None:
-            x_MK = x_MK.to(torch.float32) - part.shift
-        return _integer(part, x_MK, dtype) if isinstance(part, DeployedInt8) else _fp8(part, x_MK, dtype)
+        if layer.shift is not None:
+            x_MK = x_MK.to(torch.float32) - layer.shift
+        if isinstance(layer, DeployedFp8):
+            return fp8.quantize_activations(x_MK, layer.scheme, layer.input_scale)
+        if layer.smooth is not None:
+            x_MK = x_MK.to(torch.float32) / layer.smooth
+        return reference.quantize_activations(x_MK, layer.scheme, layer.input_scale)
 
 
-def _integer(layer: DeployedInt8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scheme, weight_NK = layer.scheme, layer.weight_codes()
-    if layer.smooth is not None:
-        x_MK = x_MK.to(torch.float32) / layer.smooth
-    q_MK, scale_M1 = reference.quantize_activations(x_MK, scheme, layer.input_scale)
-    if scheme.group is None:
-        sum_MN, scale_N = reference.int8_matmul(q_MK, weight_NK), layer.weight_scale.reshape(-1)
-    else:
-        sum_MN = reference.grouped_matmul(q_MK, weight_NK, layer.weight_scale, scheme.group)
-        scale_N = torch.ones_like(layer.weight_scale[:, 0])
-    return q_MK, reference.epilogue(sum_MN, scale_M1, scale_N, layer.bias, dtype)
-
-
-def _fp8(layer: DeployedFp8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    q_MK, scale_M1 = fp8.quantize_activations(x_MK, layer.scheme, layer.input_scale)
-    sum_MN = fp8.product(q_MK, layer.weight.flatten(1))
-    return ordinals(q_MK), fp8.epilogue(sum_MN, scale_M1, layer.weight_scale.unsqueeze(1), layer.bias, dtype)
+def product(layer: Layer, q_MK: Tensor, scale_M1: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the definition makes of codes: the layer's output (M, N) in `dtype`."""
+    with torch.autocast(q_MK.device.type, enabled=False):
+        if isinstance(layer, DeployedFp8):
+            sum_MN = fp8.product(q_MK, layer.weight.flatten(1))
+            return fp8.epilogue(sum_MN, scale_M1, layer.weight_scale.unsqueeze(1), layer.bias, dtype)
+        scheme, weight_NK = layer.scheme, layer.weight_codes()
+        if scheme.group is None:
+            sum_MN, scale_N = reference.int8_matmul(q_MK, weight_NK), layer.weight_scale.reshape(-1)
+        else:
+            sum_MN = reference.grouped_matmul(q_MK, weight_NK, layer.weight_scale, scheme.group)
+            scale_N = torch.ones_like(layer.weight_scale[:, 0])
+        return reference.epilogue(sum_MN, scale_M1, scale_N, layer.bias, dtype)
 
 
 def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,6 +143,11 @@ def attention_codes(attend: Int8Attend, inputs: Inputs) -> Tensor:
 def attention_dtype(inputs: Inputs) -> torch.dtype:
     """Of an attention's output."""
     return output_dtype(inputs.tensors[2])
+
+
+def comparable(codes: Tensor) -> Tensor:
+    """Codes as int8, whose differences count steps: integers as they are, of e4m3 the `ordinals`."""
+    return codes if codes.dtype == torch.int8 else ordinals(codes)
 
 
 def ordinals(codes: Tensor) -> Tensor:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import Tensor
 
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.capability import lacks_fp8, lacks_triton
 
+_DEFINITIONS = ContextVar("vit_efficient_definitions", default=False)
+
+
+@contextmanager
+def by_definition() -> Iterator[None]:
+    """While it lasts, operators run their definition on GPUs too, to hold kernels against. Integer attention does not:
+    it takes its kernel as before."""
+    token = _DEFINITIONS.set(True)
+    try:
+        yield
+    finally:
+        _DEFINITIONS.reset(token)
+
 
 def runs_triton(x: Tensor) -> bool:
     """Whether kernels of this package run where `x` is."""
-    return x.device.type == "cuda" and lacks_triton(x.device) is None
+    return not _DEFINITIONS.get() and x.device.type == "cuda" and lacks_triton(x.device) is None
 
 
 def require_fp8(x: Tensor) -> None:

@@ -16,8 +16,9 @@ from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine import backends
-from vit_efficient.engine.backends import Backend, observe, substituted
-from vit_efficient.engine.parts import code_parts, definition, integer_layers, ordinals
+from vit_efficient.engine.backends import Backend, Operands, observe, substituted
+from vit_efficient.engine.fused_run import FusedRun
+from vit_efficient.engine.parts import code_layers, code_parts, definition, integer_layers, ordinals
 from vit_efficient.engine.tally import Tally, VerifyResult
 from vit_efficient.engine.verify import run_verify
 from vit_efficient.errors import UserError
@@ -26,10 +27,14 @@ from vit_efficient.kernels.fp8_linear import reference as fp8_reference
 from vit_efficient.kernels.int8_attention import op as attention_op
 from vit_efficient.kernels.int8_attention import reference as attention_reference
 from vit_efficient.kernels.int8_linear import op, passes, reference
+from vit_efficient.kernels.linear import op as linear
+from vit_efficient.model.fused import FusedBlock
 from vit_efficient.quantization.fp8 import Fp8Config
 from vit_efficient.quantization.fp8_layers import TrainableFp8
+from vit_efficient.quantization.fused_linear import Codes, FusedLinear
 from vit_efficient.quantization.int8_attention import integer_attention, quantize_attention
 from vit_efficient.quantization.int8_layers import DeployedInt8
+from vit_efficient.quantization.surgery import replace
 
 Make = Callable[..., nn.Module]
 IMAGE = ImageSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9)
@@ -59,15 +64,33 @@ def test_every_scheme_keeps_the_bounds(integer_model: Make, scheme: str) -> None
     assert result.logits[OWN] == 0
     assert result.bf16[OWN] == (1.0, 0.0)
     assert 0 < result.bf16["fp32"][1] < 0.2
-    assert f"verified: reference, {OWN} keep" in printed
+    assert f"verified: reference, {OWN}, fused keep" in printed
     assert "onnx: absent" in printed
 
 
 @pytest.mark.gpu
 def test_a_gpu_keeps_the_bounds(integer_model: Make) -> None:
-    result, _ = verify(integer_model("all").cuda())
-    assert result.ok
-    assert "torch._int_mm" in result.layers
+    result, printed = verify(integer_model("all").cuda())
+    assert result.ok, printed
+    assert {"Triton", "torch._int_mm"} <= set(result.layers)
+    assert all(counted.share == 1 for counted in result.layers["Triton"].values())
+    result, printed = verify(integer_model("W8A8 static", depth=2).cuda())
+    assert result.ok, printed
+    assert list(result.layers["fused"]) == list(result.layers["Triton"])
+
+
+@pytest.mark.gpu
+def test_a_fault_of_the_kernel_is_not_hidden(integer_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codes that are seen are those given to the kernel, not those that the layer says it makes."""
+    quantize = op.quantize_activations
+
+    def rounded_down(x_MK: Tensor, scheme: Any, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _, scale = quantize(x_MK, scheme, given)
+        return (x_MK.float() / scale).floor().clamp(-127, 127).to(torch.int8), scale
+
+    monkeypatch.setattr(op, "quantize_activations", rounded_down)  # which `DeployedInt8.codes` does not call
+    result, _ = verify(integer_model().cuda())
+    assert {layer for name, layer, _ in result.failures if name == "Triton"} >= set(integer_layers(integer_model()))
 
 
 def floor_rows(x: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
@@ -167,7 +190,7 @@ def test_fp8_is_verified(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = "torch._scaled_mm" if device == "cuda" else "fp8 in float32"
     result, printed = verify(fp8_model().to(device))
     assert result.ok, printed
-    assert list(result.layers) == ["reference", own]
+    assert list(result.layers) == ["reference", own, "fused"]
     assert len(result.layers[own]) == 8
     assert all(counted.share == 1 and counted.total > 0 for counted in result.layers[own].values())
     assert "onnx" not in printed.partition("absent")[2]
@@ -180,6 +203,110 @@ def test_fp8_is_verified(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result, printed = verify(fp8_model().to(device))
     assert {layer for _, layer, _ in result.failures} >= set(code_parts(fp8_model()))
     assert all(counted.largest == 1 for counted in result.layers[own].values())
+
+
+@pytest.mark.parametrize("make", ["int8", "grouped", "fp8"])
+def test_fused_blocks_are_verified(integer_model: Make, make: str) -> None:
+    """On a CPU bit for bit: codes, digests, logits."""
+    schemes = {"int8": "W8A8 static", "grouped": "W4A8 groups"}
+    model = fp8_model() if make == "fp8" else integer_model(schemes[make], depth=2)
+    result, printed = verify(model)
+    assert result.ok, printed
+    assert list(result.layers["fused"]) == list(result.layers["reference"]) == list(code_layers(model))
+    for layer, counted in result.layers["fused"].items():
+        assert counted.total == counted.equal == counted.running > 0
+        codes, outputs = counted.digests().split()
+        assert codes == result.layers["reference"][layer].digests().split()[0]
+        assert outputs == "--------"
+    assert result.logits["fused"] == 0
+    assert result.top1["fused"] == (6, 6)
+    assert result.given == (0.0, 0.0)
+    assert "logits differ from the reference's by 0.0e+00 of their norm; 100 % of the last layer's" in printed
+    assert "the same top-1 on 6 of 6 images" in printed
+    assert "fused, each layer given the same codes: logits differ by 0.0e+00" in printed
+    assert not any(isinstance(module, FusedBlock) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("block", "shows"), [(1, ["blocks.2.attn.qkv", "blocks.2.mlp.fc1", "logits"]), (2, ["logits"])]
+)
+def test_a_fault_between_fused_layers_is_named_where_it_shows(
+    integer_model: Make, monkeypatch: pytest.MonkeyPatch, block: int, shows: list[str]
+) -> None:
+    """Half of the MLP's part of a block is lost: what reads the residual stream has other codes, nothing else has."""
+    model = integer_model(depth=3)
+    add_output, narrow = FusedLinear.add_output, model.blocks[block].mlp.fc2  # type: ignore[union-attr, index]
+
+    def halved(self: FusedLinear, x: Codes, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        y = add_output(self, x, residual, gamma)
+        return (y + residual) / 2 if self.layer.weight.equal(narrow.weight) else y  # type: ignore[union-attr, arg-type]
+
+    monkeypatch.setattr(FusedLinear, "add_output", halved)
+    result, printed = verify(model)
+    assert {name for name, _, _ in result.failures} == {"fused"}
+    assert sorted({layer for _, layer, _ in result.failures}) == shows
+    assert f"broken: fused, {shows[0]}" in printed
+    assert any(layer == "logits" and "on the same codes" in reason for _, layer, reason in result.failures)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_blocks_run_by_their_definitions_too(integer_model: Make, dtype: torch.dtype) -> None:
+    run, images = FusedRun(integer_model("W8A8 static", depth=2).to(dtype)), batches(1)[0].to(dtype)
+    logits, names = run(images), []
+
+    def see(name: str, codes: Tensor, wanted: Tensor) -> None:
+        assert codes.equal(wanted)
+        names.append(name)
+
+    assert run.by_definition(images, see).equal(logits)
+    assert names == [name for name in run.entered if name.startswith("blocks.")]
+    first = run.entered["blocks.0.mlp.fc1"]
+    run.entered["blocks.0.mlp.fc1"] = first._replace(values=-first.values)
+    differing: list[str] = []
+    run.by_definition(images, lambda name, codes, wanted: None if codes.equal(wanted) else differing.append(name))
+    assert differing[:2] == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]  # what is given is what is multiplied
+
+
+def test_why_nothing_is_fused_is_said(integer_model: Make) -> None:
+    model = integer_model()
+    replace(model, "blocks.0.mlp.fc2", nn.Linear(192, 48))
+    result, printed = verify(model)
+    assert "fused" not in result.layers
+    assert "fused: absent, not fused: blocks.0: mlp.fc2 is kept in floating point" in printed
+
+
+def test_every_product_of_codes_is_seen_and_can_be_substituted() -> None:
+    x, w = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((6, 16), (24, 16)))
+    row, column = torch.rand(6, 1), torch.rand(24, 1)
+    operands = (x, row, w, column, None)
+    calls: dict[str, Callable[[], Any]] = {
+        "linear": lambda: linear.linear(*operands, dtype=torch.float32),
+        "linear_quant": lambda: linear.linear_quant(*operands, torch.tensor(0.1)),
+        "linear_residual": lambda: linear.linear_residual(*operands, torch.rand(6, 24)),
+        "linear_heads": lambda: linear.linear_heads(x.view(2, 3, 16), *operands[1:], 2, dtype=torch.float32),
+        "linear_heads_quant": lambda: linear.linear_heads_quant(x.view(2, 3, 16), *operands[1:], 2),
+        "int8_matmul": lambda: op.int8_matmul(x, w),
+    }
+    for name, call in calls.items():
+        with Operands() as seen:
+            call()
+        codes = seen.take()
+        assert codes is not None, name
+        assert codes.equal(x), name
+        assert seen.take() is None
+    with substituted(off_by_one)(nn.Identity()):
+        found = calls["linear"]()
+    assert found.equal(reference.epilogue(off_by_one(x, w), row, column[:, 0], None, torch.float32))
+
+
+def test_the_table_fits_80_columns(integer_model: Make) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    run_verify(integer_model(depth=1), IMAGE, batches(), console)
+    table = console.file.getvalue().partition("equal, off:")[0]  # type: ignore[attr-defined]
+    assert all(len(line.rstrip()) <= 80 for line in table.splitlines())
+    fused = [line.split() for line in table.splitlines() if " fused " in line]
+    assert len(fused) == 5
+    assert all(row[-2:] == ["%", "0"] and len(row) == 6 for row in fused)
 
 
 def test_neighbouring_fp8_values_are_one_apart() -> None:
@@ -226,12 +353,17 @@ def tally(total: int, wrong: int, by: int, exact: bool = True, bound: float = 0.
     return counted
 
 
-def test_bounds() -> None:
+def test_bounds(integer_model: Make) -> None:
     assert tally(10_000, 1, 1, False).breach() is None
     assert "99.9900 % of the codes" in (tally(10_000, 1, 1).breach() or "")
     assert "99.9800 %" in (tally(10_000, 2, 1, False).breach() or "")
     assert "largest difference 2" in (tally(20_000, 1, 2, False).breach() or "")
     assert tally(100, 0, 0).breach() is None
+    wide = FusedRun(fp8_model()).tally("blocks.0.attn.qkv")
+    assert (wide.exact, round(wide.least, 3), wide.off_by) == (True, 0.97, 254)
+    narrow = FusedRun(integer_model())
+    assert narrow.tally("blocks.0.mlp.fc1").least == 0.9999
+    assert narrow.tally("blocks.0.mlp.fc2").least == 0.999
     other, exact = tally(100, 0, 0, False, 1e-5), tally(100, 0, 0)
     zeros, y = torch.zeros(1, 1, dtype=torch.int8), torch.ones(1, 4)
     for one in (other, exact):
