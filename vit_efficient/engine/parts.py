@@ -6,6 +6,7 @@ A part is an integer layer, an fp8 layer, or the integer attention of a block. L
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ Part = DeployedInt8 | DeployedFp8 | Int8Attend
 
 FLOAT32 = 1e-5  # of an output's norm: float32 sums in another order
 FP8_UNITS, FP8_FAST = 1e-3, 1e-2  # the same on fp8 matrix units, which sum in fewer bits
+E4M3_WEIGHTS = 5e-2  # attention weights that two programs round to e4m3 each in its own way (`attention_values.weigh`)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def output_bound(part: Part) -> float | None:
     if isinstance(part, DeployedInt8):
         return None  # integer sums are exact, and the epilogue's order is written
     if isinstance(part, Int8Attend):
-        return FLOAT32  # softmax and the values' product are float sums
+        # Softmax and the values' product are float sums. A kernel rounds weights to e4m3 against another maximum.
+        return E4M3_WEIGHTS if part.values == "fp8" else FLOAT32
     return FP8_FAST if part.scheme.accumulation == "fast" else FP8_UNITS
 
 
@@ -73,7 +76,7 @@ def definition(part: Part, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, 
 
     Returns:
         The codes that enter its product, int8 (of fp8 their `ordinals`), and its output in `dtype`: (M, K) and (M, N)
-        of a layer; of attention the codes of queries, keys and values in a row, and (B, H, N, F).
+        of a layer; of attention the codes of queries, keys and values (none of float ones) in a row, and (B, H, N, F).
     """
     with torch.autocast(inputs.tensors[0].device.type, enabled=False):  # which would round the sums
         if isinstance(part, Int8Attend):
@@ -106,11 +109,6 @@ def _fp8(layer: DeployedFp8, x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    given = attend.scales or (None, None, None)
-    codes = [
-        attention.quantize(x, attend.granularity, scale)[0].reshape(-1)
-        for x, scale in zip(inputs.tensors, given, strict=True)
-    ]
     y_BHNF = attention.int8_attention(
         *inputs.tensors,
         bias=inputs.options.get("bias"),
@@ -118,18 +116,28 @@ def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[
         scale=inputs.options["scale"],
         granularity=attend.granularity,
         scales=attend.scales,
+        values=attend.values,
+        keys=attend.keys,
         dtype=dtype,
     )
-    return torch.cat(codes), y_BHNF
+    return _attention_codes(attend, inputs, attention), y_BHNF
 
 
 def attention_codes(attend: Int8Attend, inputs: Inputs) -> Tensor:
     """The codes of queries, keys and values as the running attention makes them, in a row."""
-    given = attend.scales or (None, None, None)
-    quantized = (
-        attention_op.quantize(x, attend.granularity, scale) for x, scale in zip(inputs.tensors, given, strict=True)
-    )
-    return torch.cat([codes.reshape(-1) for codes, _ in quantized])
+    return _attention_codes(attend, inputs, attention_op)
+
+
+def _attention_codes(attend: Int8Attend, inputs: Inputs, by: ModuleType) -> Tensor:
+    """The same as a module quantizes: e4m3 values as `ordinals`; float ones have no codes."""
+    q_BHNE, k_BHME, v_BHMF = inputs.tensors
+    q_scale, k_scale, v_scale = attend.scales or (None, None, None)
+    codes = [by.quantize(q_BHNE, attend.granularity, q_scale)[0]]
+    codes.append(by.quantize_keys(k_BHME, attend.keys, attend.granularity, k_scale)[0])
+    if attend.values != "float":
+        v, _ = by.quantize_values(v_BHMF, attend.values, attend.granularity, v_scale)
+        codes.append(ordinals(v) if attend.values == "fp8" else v)
+    return torch.cat([one.reshape(-1) for one in codes])
 
 
 def attention_dtype(inputs: Inputs) -> torch.dtype:

@@ -22,6 +22,7 @@ from vit_efficient.errors import UserError
 from vit_efficient.kernels.int8_attention.op import int8_attend
 from vit_efficient.kernels.int8_linear.op import output_dtype
 from vit_efficient.model.fuse_report import FuseReport
+from vit_efficient.quantization.fused_attention import attention_operands
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
 from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
 from vit_efficient.quantization.int8_attention import Int8Attend
@@ -102,11 +103,7 @@ class FusedBlock(nn.Module):
 
     def _attend(self, read: list[Codes], dtype: torch.dtype, given: Arguments) -> Codes:
         """Projections in `dtype`, attention by the backend, and the codes that enter the last projection."""
-        attn, projected = self.attn, {}
-        for name, codes in zip(self.readers, read, strict=True):
-            bias, apart = self._bias(name)
-            y = self.views[f"attn.{name}"].output(codes, dtype, bias)
-            projected[name] = y if apart is None else y + apart.to(dtype)
+        attn, projected = self.attn, self._project(read, dtype)
         gate = projected.pop("gate", None)
         y_BND = attn.attend_heads(*attn.split_heads(*projected.values()), **given)
         if gate is None:
@@ -114,8 +111,17 @@ class FusedBlock(nn.Module):
         y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
         return self.views["attn.proj"].codes(y_BND * gate.sigmoid(), self.attn_output.reciprocal)
 
+    def _project(self, read: list[Codes], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What reads the input, in `dtype`, by name: (B, N, ...)."""
+        projected = {}
+        for name, codes in zip(self.readers, read, strict=True):
+            bias, apart = self._bias(name)
+            y = self.views[f"attn.{name}"].output(codes, dtype, bias)
+            projected[name] = y if apart is None else y + apart.to(dtype)
+        return projected
+
     def _attends_codes(self) -> bool:
-        """Whether projections can end in the codes that integer attention multiplies: nothing lies between the two."""
+        """Whether integer attention can be called here, between the projections: nothing else lies between them."""
         attn, backend = self.attn, self.attn.backend
         return (
             isinstance(backend, Int8Attend)
@@ -128,25 +134,25 @@ class FusedBlock(nn.Module):
         )
 
     def _attend_codes(self, read: list[Codes], dtype: torch.dtype) -> Codes:
-        """Projections that end in codes, integer attention, and the codes that enter the last projection."""
+        """Projections, integer attention, and the codes that enter the last projection."""
         attn, proj, backend = self.attn, self.views["attn.proj"], self.attn.backend
         assert isinstance(backend, Int8Attend)
-        scales = None if backend.scales is None else torch.stack(backend.scales)
-        parts = 3 if attn.qkv is not None else 1
-        values: list[Tensor] = []
-        rows: list[Tensor] = []
-        for index, (name, codes) in enumerate(zip(self.readers, read, strict=True)):
-            own = scales if scales is None or parts == 3 else scales[index : index + 1]
-            made = self.views[f"attn.{name}"].output_heads(codes, attn.num_heads, parts, own, self._bias(name)[0])
-            values += made.values.unbind(0)
-            rows += made.scale.unbind(0)
-        (q, k, v), (q_scale, k_scale, v_scale) = values, rows
+        if backend.keys == "block":  # whose scale no row of a projection knows: attention quantizes for itself
+            operands = list(attn.split_heads(*self._project(read, dtype).values()))
+            rows: list[Tensor | None] = [None] * 3
+        else:
+            layers = [self.views[f"attn.{name}"] for name in self.readers]
+            biases = [self._bias(name)[0] for name in self.readers]
+            operands, rows = attention_operands(backend, layers, read, biases, attn.num_heads, dtype)
         if attn.padding is not None:
-            k, v, *_ = attn.padding.readable(k, v, None, None)
-            k_scale, v_scale, *_ = attn.padding.readable(k_scale, v_scale, None, None)
+            _, k, v = operands
+            operands[1:] = attn.padding.readable(k, v, None, None)[:2]
+            real = slice(operands[1].shape[2])
+            rows[1:] = [None if scale is None else scale[:, :, real] for scale in rows[1:]]
         # A given scale of the projection behind it: attention ends in that one's codes.
         ends_in = proj.input_scale if self._attention_apart() is None else None
-        y_BHNE = int8_attend(q, k, v, q_scale, k_scale, v_scale, scale=attn.scale, out_scale=ends_in, dtype=dtype)
+        forms: dict[str, Any] = {"values": backend.values, "keys": backend.keys, "out_scale": ends_in, "dtype": dtype}
+        y_BHNE = int8_attend(*operands, *rows, scale=attn.scale, **forms)
         y_BND = y_BHNE.transpose(1, 2).flatten(2)
         return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
 

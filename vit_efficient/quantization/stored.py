@@ -202,14 +202,19 @@ class StoredAttention(Config):
 
     mode: Literal["dynamic", "static"]
     granularity: Literal["token", "tensor"] = "token"
+    values: Literal["int8", "float", "fp8"] = "int8"
+    keys: Literal["token", "block"] = "token"
 
     def check(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What is wrong with its tensors (`q_scale`, `k_scale`, `v_scale`, of the static form only); or None."""
+        """What is wrong with its tensors (`q_scale`, `k_scale` and, of int8 values, `v_scale`, of the static form
+        only), or with itself; or None."""
         import torch
 
+        if self.keys == "block" and (self.mode, self.granularity) != ("dynamic", "token"):
+            return f"one scale a block of keys does not go with {self.mode} scales a {self.granularity}"
         if self.mode == "dynamic":
             return None
-        names = ("q_scale", "k_scale", "v_scale")
+        names = ("q_scale", "k_scale", *(["v_scale"] if self.values == "int8" else []))
         if problem := expected(tensors, **dict.fromkeys(names, (torch.float32, 1))):
             return problem
         bad = [name for name in names if not (tensors[name].isfinite() & (tensors[name] > 0)).all()]

@@ -62,6 +62,22 @@ QUANTIZATIONS: dict[str, Any] = {
     "integer_attention_static_plain": Int8Config(
         attention="static", activations="hybrid", calibration=CalibrationConfig(shift=False, smooth=None)
     ),
+    "integer_attention_float_values": Int8Config(attention="dynamic", attention_values="float"),
+    "integer_attention_fp8_values": Int8Config(attention="dynamic", attention_values="fp8", weights="tensor"),
+    "integer_attention_blocks": Int8Config(attention="dynamic", attention_values="float", attention_keys="block"),
+    "integer_attention_blocks_static_plain": Int8Config(
+        attention="dynamic",
+        attention_values="fp8",
+        attention_keys="block",
+        activations="hybrid",
+        calibration=CalibrationConfig(shift=False, smooth=None),
+    ),
+    "integer_attention_float_values_static_plain": Int8Config(
+        attention="static",
+        attention_values="float",
+        activations="hybrid",
+        calibration=CalibrationConfig(shift=False, smooth=None),
+    ),
     "static": Int8Config(activations="static"),
     "hybrid": Int8Config(activations="hybrid"),
     "hybrid_smooth": Int8Config(activations="hybrid", calibration=CalibrationConfig(smooth=0.5)),
