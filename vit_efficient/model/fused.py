@@ -145,14 +145,12 @@ class FusedBlock(nn.Module):
             biases = [self._bias(name)[0] for name in self.readers]
             operands, rows = attention_operands(backend, layers, read, biases, attn.num_heads, dtype)
         if attn.padding is not None:
-            _, k, v = operands
-            operands[1:] = attn.padding.readable(k, v, None, None)[:2]
-            real = slice(operands[1].shape[2])
-            rows[1:] = [None if scale is None else scale[:, :, real] for scale in rows[1:]]
+            operands[1:] = attn.padding.readable(operands[1], operands[2], None, None)[:2]
+            rows[1:] = [None if scale is None else scale[:, :, : operands[1].shape[2]] for scale in rows[1:]]
         # A given scale of the projection behind it: attention ends in that one's codes.
         ends_in = proj.input_scale if self._attention_apart() is None else None
-        forms: dict[str, Any] = {"values": backend.values, "keys": backend.keys, "out_scale": ends_in, "dtype": dtype}
-        y_BHNE = int8_attend(*operands, *rows, scale=attn.scale, **forms)
+        forms: dict[str, Any] = {"values": backend.values, "keys": backend.keys, "out_scale": ends_in}
+        y_BHNE = int8_attend(*operands, *rows, scale=attn.scale, dtype=dtype, **forms)
         y_BND = y_BHNE.transpose(1, 2).flatten(2)
         return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
 

@@ -137,6 +137,21 @@ def test_integer_attention_is_verified_too(integer_model: Make, monkeypatch: pyt
     assert {layer for _, layer, _ in result.failures} - {"logits"} == {"blocks.0.attn", "blocks.1.attn"}
 
 
+@pytest.mark.parametrize(("values", "operands"), [("float", 2), ("fp8", 3)])
+def test_other_forms_of_integer_attention_are_verified(
+    integer_model: Make, monkeypatch: pytest.MonkeyPatch, values: Any, operands: int
+) -> None:
+    model = integer_model()
+    quantize_attention(model, "dynamic", values=values, keys="block")
+    result, printed = verify(model)
+    assert result.ok, printed
+    assert result.layers[OWN]["blocks.0.attn"].total == 2 * 3 * operands * (17 * 48)  # batches, images, codes
+    by_token = attention_reference.quantize_keys
+    monkeypatch.setattr(attention_op, "quantize_keys", lambda k, keys, *rest: by_token(k, "token", *rest))
+    result, _ = verify(model)
+    assert "blocks.0.attn" in {layer for _, layer, _ in result.failures}
+
+
 def test_a_wrong_softmax_is_caught_by_its_output(integer_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = integer_model()
     quantize_attention(model, "dynamic")

@@ -385,27 +385,44 @@ def test_training_is_refused() -> None:
     model.eval()(images())
 
 
-@pytest.mark.parametrize("family", ["vit", "siglip", "eva02_split_qkv", "qk_norm"])
-@pytest.mark.parametrize("config", ["integer_attention", "integer_attention_static_plain"])
+HANDED = {  # queries and keys, values, and whether attention ends in codes
+    "integer_attention": (torch.int8, torch.int8, False),
+    "integer_attention_static_plain": (torch.int8, torch.int8, True),
+    "integer_attention_float_values": (torch.int8, torch.float32, False),
+    "integer_attention_fp8_values": (torch.int8, torch.float32, False),
+    "integer_attention_blocks": (torch.float32, torch.float32, False),
+    "integer_attention_blocks_static_plain": (torch.float32, torch.float32, True),
+    "integer_attention_float_values_static_plain": (torch.int8, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip", "eva02_split_qkv", "split_qkv_without_rope", "qk_norm"])
+@pytest.mark.parametrize("config", HANDED)
 def test_integer_attention_is_handed_codes(family: str, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = deployed(family, QUANTIZATIONS[config])
+    if family == "split_qkv_without_rope":
+        model = deployed("eva02_split_qkv", QUANTIZATIONS[config], use_rot_pos_emb=False)
+    else:
+        model = deployed(family, QUANTIZATIONS[config])
     with torch.no_grad():
         wanted = model(images())
     fuse_blocks(model)
     pad_tokens(model, 8)
-    handed: list[tuple[torch.dtype, bool]] = []
+    handed: list[tuple[Any, ...]] = []
     attend = fused.int8_attend
 
-    def watch(q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        handed.append((q.dtype, options["out_scale"] is not None))
-        return attend(q, *rest, **options)
+    def watch(*operands: Tensor, **options: Any) -> Tensor:
+        q, k, v = operands[:3]
+        assert q.dtype == k.dtype
+        handed.append((q.dtype, v.dtype, options["out_scale"] is not None, options["values"], options["keys"]))
+        return attend(*operands, **options)
 
     monkeypatch.setattr(fused, "int8_attend", watch)
     with torch.no_grad():
         found = model(images())
     # Rotations and norms of queries and keys lie between projection and attention: no codes there.
     between = family in ("eva02_split_qkv", "qk_norm")
-    assert handed == ([] if between else [(torch.int8, "static" in config)] * 2)
+    forms = QUANTIZATIONS[config].attention_values, QUANTIZATIONS[config].attention_keys
+    assert handed == ([] if between else [(*HANDED[config], *forms)] * 2)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
