@@ -1,6 +1,7 @@
 """The parts of a deployed model that compute on codes, and what the definitions in `kernels` make of a part's input.
 
-A part is an integer layer, an fp8 layer, or the integer attention of a block. Legend: M tokens, K inputs, N outputs.
+A part is an integer layer, an fp8 layer, or the attention of a block if that multiplies codes. Legend: M tokens, K
+inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_efficient.kernels.fp8_attention import reference as fp8_attention
 from vit_efficient.kernels.fp8_linear import reference as fp8
 from vit_efficient.kernels.int8_attention import op as attention_op
 from vit_efficient.kernels.int8_attention import reference as attention
 from vit_efficient.kernels.int8_linear import reference
 from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.quantization.fp8_attention import Fp8Attend
 from vit_efficient.quantization.fp8_layers import DeployedFp8
-from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
+from vit_efficient.quantization.int8_attention import Int8Attend, code_attention
 from vit_efficient.quantization.int8_layers import DeployedInt8, to_patches
 
-Part = DeployedInt8 | DeployedFp8 | Int8Attend
+Part = DeployedInt8 | DeployedFp8 | Int8Attend | Fp8Attend
 
 FLOAT32 = 1e-5  # of an output's norm: float32 sums in another order
 FP8_UNITS, FP8_FAST = 1e-3, 1e-2  # the same on fp8 matrix units, which sum in fewer bits
+E4M3_LOGITS = 1.5e-2  # logits of e4m3 operands that two programs rotate in another order, and sum in fewer bits
 E4M3_WEIGHTS = 5e-2  # attention weights that two programs round to e4m3 each in its own way (`attention_values.weigh`)
 
 
@@ -57,8 +61,8 @@ def code_layers(model: nn.Module) -> dict[str, DeployedInt8 | DeployedFp8]:
 
 
 def code_parts(model: nn.Module) -> dict[str, Part]:
-    """All parts, by name; integer attention by that of its attention module."""
-    return {**code_layers(model), **integer_attention(model)}
+    """All parts, by name; attention by that of its attention module."""
+    return {**code_layers(model), **code_attention(model)}
 
 
 def output_bound(part: Part) -> float | None:
@@ -68,6 +72,8 @@ def output_bound(part: Part) -> float | None:
     if isinstance(part, Int8Attend):
         # Softmax and the values' product are float sums. A kernel rounds weights to e4m3 against another maximum.
         return E4M3_WEIGHTS if part.values == "fp8" else FLOAT32
+    if isinstance(part, Fp8Attend):
+        return E4M3_WEIGHTS if part.values == "fp8" else E4M3_LOGITS
     return FP8_FAST if part.scheme.accumulation == "fast" else FP8_UNITS
 
 
@@ -81,6 +87,8 @@ def definition(part: Part, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, 
     with torch.autocast(inputs.tensors[0].device.type, enabled=False):  # which would round the sums
         if isinstance(part, Int8Attend):
             return _attention(part, inputs, dtype)
+        if isinstance(part, Fp8Attend):
+            return _fp8_attention(part, inputs, dtype)
         (x,) = inputs.tensors
         tokens = to_patches(x, part.shape[2:])[0] if part.deployed == "patches" else x
         x_MK = tokens.reshape(-1, tokens.shape[-1])
@@ -123,8 +131,19 @@ def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[
     return _attention_codes(attend, inputs, attention), y_BHNF
 
 
-def attention_codes(attend: Int8Attend, inputs: Inputs) -> Tensor:
+def _fp8_attention(attend: Fp8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    extras: dict[str, Any] = {name: inputs.options.get(name) for name in ("bias", "mask", "scale")}
+    y_BHNF = fp8_attention.attend(*inputs.tensors, **extras, values=attend.values, dtype=dtype)
+    return attention_codes(attend, inputs), y_BHNF
+
+
+def attention_codes(attend: Int8Attend | Fp8Attend, inputs: Inputs) -> Tensor:
     """The codes of queries, keys and values as the running attention makes them, in a row."""
+    if isinstance(attend, Fp8Attend):
+        q_BHNE, k_BHME, v_BHMF = inputs.tensors
+        made = fp8_attention.operands(q_BHNE, k_BHME)
+        v = [attention.quantize_values(v_BHMF, "fp8")[0]] if attend.values == "fp8" else []
+        return torch.cat([ordinals(codes).reshape(-1) for codes in (made.q, made.k, *v)])
     return _attention_codes(attend, inputs, attention_op)
 
 

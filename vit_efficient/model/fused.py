@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from vit_efficient.attention.modules import Arguments, SelfAttention
 from vit_efficient.errors import UserError
-from vit_efficient.kernels.int8_attention.op import int8_attend
 from vit_efficient.kernels.int8_linear.op import output_dtype
 from vit_efficient.model.fuse_report import FuseReport
+from vit_efficient.quantization.fp8_attention import Fp8Attend
 from vit_efficient.quantization.fused_attention import attention_operands
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
 from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
@@ -121,12 +121,11 @@ class FusedBlock(nn.Module):
         return projected
 
     def _attends_codes(self) -> bool:
-        """Whether integer attention can be called here, between the projections: nothing else lies between them."""
+        """Whether attention on codes can be called here, between the projections: nothing else lies between them."""
         attn, backend = self.attn, self.attn.backend
         return (
-            isinstance(backend, Int8Attend)
-            and backend.granularity == "token"
-            and not backend.observing
+            isinstance(backend, (Int8Attend, Fp8Attend))
+            and backend.direct
             and (attn.q_norm is None or (_is_identity(attn.q_norm) and _is_identity(attn.k_norm)))
             and attn.num_kv_heads == attn.num_heads
             and not any(self.views[f"attn.{name}"].grouped or self._bias(name)[1] is not None for name in self.readers)
@@ -134,12 +133,12 @@ class FusedBlock(nn.Module):
         )
 
     def _attend_codes(self, read: list[Codes], dtype: torch.dtype) -> Codes:
-        """Projections, integer attention, and the codes that enter the last projection."""
-        attn, proj, backend = self.attn, self.views["attn.proj"], self.attn.backend
-        assert isinstance(backend, Int8Attend)
-        if backend.keys == "block":  # whose scale no row of a projection knows: attention quantizes for itself
+        """Projections, attention on codes, and the codes that enter the last projection."""
+        attn, proj = self.attn, self.views["attn.proj"]
+        backend: Any = attn.backend
+        rows: list[Tensor | None] = [None] * 3
+        if not backend.hands_codes:
             operands = list(attn.split_heads(*self._project(read, dtype).values()))
-            rows: list[Tensor | None] = [None] * 3
         else:
             layers = [self.views[f"attn.{name}"] for name in self.readers]
             biases = [self._bias(name)[0] for name in self.readers]
@@ -149,8 +148,7 @@ class FusedBlock(nn.Module):
             rows[1:] = [None if scale is None else scale[:, :, : operands[1].shape[2]] for scale in rows[1:]]
         # A given scale of the projection behind it: attention ends in that one's codes.
         ends_in = proj.input_scale if self._attention_apart() is None else None
-        forms: dict[str, Any] = {"values": backend.values, "keys": backend.keys, "out_scale": ends_in}
-        y_BHNE = int8_attend(*operands, *rows, scale=attn.scale, dtype=dtype, **forms)
+        y_BHNE = backend.attend_direct(operands, rows, scale=attn.scale, out_scale=ends_in, dtype=dtype)
         y_BND = y_BHNE.transpose(1, 2).flatten(2)
         return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
 
@@ -163,9 +161,10 @@ class FusedBlock(nn.Module):
             return "attention ends in floating point"
         if not _is_identity(self.attn.norm):
             return "a norm lies between attention and it"
-        if proj.form != "int8" or proj.input_scale is None:
-            return "integer attention ends in int8 codes under a given scale only (hybrid and static have one)"
-        return None if proj.plain_input else "integer attention ends in codes under a scale alone: no shift, no smooth"
+        form = getattr(self.attn.backend, "form", None)
+        if proj.form != form or proj.input_scale is None:
+            return f"{form} attention ends in {form} codes under a given scale only (hybrid and static have one)"
+        return None if proj.plain_input else f"{form} attention ends in codes under a scale alone: no shift, no smooth"
 
     def _mlp_apart(self) -> str | None:
         """Why the wide layer cannot end in the codes of the narrow one; None: it can."""

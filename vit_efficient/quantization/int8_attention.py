@@ -8,17 +8,18 @@ Legend: B batch, H heads, N tokens, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.errors import CheckpointError, UserError
-from vit_efficient.kernels.int8_attention.op import int8_attention
+from vit_efficient.errors import UserError
+from vit_efficient.kernels.fp8_attention.reference import Values as Fp8Values
+from vit_efficient.kernels.int8_attention.op import int8_attend, int8_attention
 from vit_efficient.kernels.int8_attention.reference import Granularity, Keys, Scales, Values
-from vit_efficient.quantization.stored import StoredAttention
+from vit_efficient.quantization.fp8_attention import Fp8Attend
 
 Mode = Literal["dynamic", "static"]
 Operand = Literal["q", "k", "v"]
@@ -48,6 +49,7 @@ class Int8Attend(nn.Module):
 
     name: ClassVar[str] = "int8"
     takes_bias: ClassVar[bool] = True
+    form: ClassVar[str] = "int8"  # of the codes that `attend_direct` can end in
     q_scale: Tensor
     k_scale: Tensor
     v_scale: Tensor
@@ -80,6 +82,16 @@ class Int8Attend(nn.Module):
         if self.mode == "dynamic":
             return None
         return self.q_scale, self.k_scale, self.v_scale if self.values == "int8" else None
+
+    @property
+    def direct(self) -> bool:
+        """Whether `attend_direct` says what `attend` says, without bias, mask, dropout and gradient."""
+        return self.granularity == "token" and not self.observing
+
+    @property
+    def hands_codes(self) -> bool:
+        """Whether a projection can make the codes of queries and keys: no row of one knows the scale of a block."""
+        return self.keys == "token"
 
     @torch.no_grad()
     def set_scales(self, **scales: Tensor | float) -> None:
@@ -130,6 +142,27 @@ class Int8Attend(nn.Module):
             keys=self.keys,
         )
 
+    def attend_direct(
+        self,
+        operands: list[Tensor],
+        rows: list[Tensor | None],
+        *,
+        scale: float,
+        out_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Attention without bias, mask, dropout or gradient, from operands in any form: (B, H, N, E).
+
+        Args:
+            operands: queries, keys and values (B, H, N, E), floating point or codes.
+            rows: the scales of those that are codes; else None.
+            scale: factor on the logits.
+            out_scale: of the codes that it shall end in, a float32 scalar; None: it ends in `dtype`.
+            dtype: of the output.
+        """
+        options: dict[str, Any] = {"values": self.values, "keys": self.keys, "out_scale": out_scale, "dtype": dtype}
+        return int8_attend(*operands, *rows, scale=scale, **options)
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Scales stay float32, whatever dtype the model is cast to; they follow it to its device."""
         scales = dict(self._buffers)
@@ -171,17 +204,35 @@ def quantize_attention(
     Raises:
         UserError: no attention of the model was swapped.
     """
+    return _replace(model, mode, lambda: Int8Attend(mode, granularity, values, keys))
+
+
+def quantize_attention_fp8(model: nn.Module, values: Fp8Values = "float") -> list[str]:
+    """The same in fp8 (`Fp8Attend`)."""
+    return _replace(model, "fp8", lambda: Fp8Attend(values))
+
+
+def _replace(model: nn.Module, asked: str, make: Callable[[], Int8Attend | Fp8Attend]) -> list[str]:
     found = attention_modules(model)
     if not found:
         raise UserError(
-            f"quantization.attention={mode}: {type(model).__name__} has no attention that goes through a backend. "
+            f"quantization.attention={asked}: {type(model).__name__} has no attention that goes through a backend. "
             "Swap it first (vit_efficient.attention.swap.swap_attention)."
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for module in found.values():
-        attend = Int8Attend(mode, granularity, values, keys).to(device).train(module.training)
+        attend = make().to(device).train(module.training)
         attend.plain, module.backend = module.backend, attend
     return list(found)
+
+
+def code_attention(model: nn.Module) -> dict[str, Int8Attend | Fp8Attend]:
+    """The backends of a model that multiply codes, by the name of their attention module."""
+    return {
+        name: module.backend
+        for name, module in attention_modules(model).items()
+        if isinstance(module.backend, (Int8Attend, Fp8Attend))
+    }
 
 
 def integer_attention(model: nn.Module) -> dict[str, Int8Attend]:
@@ -233,46 +284,3 @@ def observe_attention(model: nn.Module, see: See) -> Iterator[list[str]]:
                 del module.__dict__["backend"]
             else:
                 module.__dict__["backend"] = own[name]
-
-
-def describe_attention(model: nn.Module) -> dict[str, StoredAttention]:
-    """How the integer attention of a model is stored, by the name of the attention module.
-
-    Raises:
-        UserError: a static one was not calibrated.
-    """
-    found = integer_attention(model)
-    bare = [name for name, attend in found.items() if not all(usable(scale) for scale in attend.buffers())]
-    if bare:
-        raise UserError(
-            f"quantization.attention=static: {bare[0]} (of {len(bare)} such) has no scales. Calibrate the model first "
-            "(python -m vit_efficient.quantize), or use quantization.attention=dynamic."
-        )
-    return {
-        name: StoredAttention(mode=one.mode, granularity=one.granularity, values=one.values, keys=one.keys)
-        for name, one in found.items()
-    }
-
-
-def prepare_attention(model: nn.Module, stored: Mapping[str, StoredAttention], tensors: Mapping[str, Tensor]) -> None:
-    """Give a freshly built model, its attention swapped, the empty integer backends that a file describes, in place.
-
-    Args:
-        model: to load the file's tensors into afterwards.
-        stored: from `describe_attention`.
-        tensors: of the file, by their names in the model.
-
-    Raises:
-        CheckpointError: the model has no such attention, or a scale in the file is absent or cannot be one.
-    """
-    found = attention_modules(model)
-    if strangers := sorted(stored.keys() - found.keys()):
-        raise CheckpointError(f"The file is of another model: this one has no attention {', '.join(strangers[:6])}.")
-    for name, one in stored.items():
-        prefix = f"{name}.backend."
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        if problem := one.check(own):
-            raise CheckpointError(f"The integer attention of {name} is not what the file says of it: {problem}.")
-        device = next(model.parameters()).device
-        attend = Int8Attend(one.mode, one.granularity, one.values, one.keys)
-        found[name].backend = attend.to(device).train(found[name].training)

@@ -221,6 +221,17 @@ class StoredAttention(Config):
         return f"{bad[0]} is {tensors[bad[0]].item():g}, not a number above 0" if bad else None
 
 
+class StoredFp8Attention(Config):
+    """fp8 attention (`fp8_attention.Fp8Attend`), likewise. It has no tensors."""
+
+    mode: Literal["fp8"]
+    values: Literal["float", "fp8"] = "float"
+
+    def check(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with its tensors: that there are any; or None."""
+        return f"it has no tensors, and here is {next(iter(tensors))}" if tensors else None
+
+
 class StoredAdapter(Config):
     """A low-rank adapter: its output is scaled by alpha / rank, or by alpha / sqrt(rank) with rsLoRA."""
 
@@ -233,4 +244,4 @@ class StoredAdapter(Config):
 StoredLayer = Annotated[StoredInt8 | StoredBnb4 | StoredBnb8 | StoredFp8 | StoredTorchao, Field(discriminator="kind")]
 LAYERS: TypeAdapter[dict[str, StoredLayer]] = TypeAdapter(dict[str, StoredLayer])
 ADAPTERS = TypeAdapter(dict[str, StoredAdapter])
-ATTENTION = TypeAdapter(dict[str, StoredAttention])
+ATTENTION = TypeAdapter(dict[str, Annotated[StoredAttention | StoredFp8Attention, Field(discriminator="mode")]])

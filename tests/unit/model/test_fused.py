@@ -22,7 +22,6 @@ from vit_efficient.kernels.layernorm_quant.op import layernorm_quant
 from vit_efficient.kernels.linear import op as linear
 from vit_efficient.kernels.quantize import op as quantization
 from vit_efficient.kernels.quantize.reference import smoothed
-from vit_efficient.model import fused
 from vit_efficient.model.fused import FusedBlock, fuse_blocks, unfuse_blocks
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
@@ -31,6 +30,7 @@ from vit_efficient.quantization.fp8 import Fp8Config
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear
 from vit_efficient.quantization.int4 import Int4Config
 from vit_efficient.quantization.int8 import Int8Config
+from vit_efficient.quantization.int8_attention import Int8Attend
 from vit_efficient.quantization.int8_deployed import DeployedInt8
 
 SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -89,6 +89,8 @@ QUANTIZATIONS: dict[str, Any] = {
     "fp8_per_tensor": Fp8Config(activations="tensor", weights="tensor"),
     "fp8_static": Fp8Config(activations="static"),
     "fp8_hybrid": Fp8Config(activations="hybrid"),
+    "fp8_attention": Fp8Config(attention="fp8"),
+    "fp8_attention_hybrid": Fp8Config(attention="fp8", attention_values="fp8", activations="hybrid"),
     "fp8_shift": Fp8Config(calibration=CalibrationConfig()),
 }
 
@@ -408,21 +410,20 @@ def test_integer_attention_is_handed_codes(family: str, config: str, monkeypatch
     fuse_blocks(model)
     pad_tokens(model, 8)
     handed: list[tuple[Any, ...]] = []
-    attend = fused.int8_attend
+    attend = Int8Attend.attend_direct
 
-    def watch(*operands: Tensor, **options: Any) -> Tensor:
-        q, k, v = operands[:3]
+    def watch(self: Int8Attend, operands: list[Tensor], rows: list[Tensor | None], **options: Any) -> Tensor:
+        q, k, v = operands
         assert q.dtype == k.dtype
-        handed.append((q.dtype, v.dtype, options["out_scale"] is not None, options["values"], options["keys"]))
-        return attend(*operands, **options)
+        handed.append((q.dtype, v.dtype, options["out_scale"] is not None))
+        return attend(self, operands, rows, **options)
 
-    monkeypatch.setattr(fused, "int8_attend", watch)
+    monkeypatch.setattr(Int8Attend, "attend_direct", watch)
     with torch.no_grad():
         found = model(images())
     # Rotations and norms of queries and keys lie between projection and attention: no codes there.
     between = family in ("eva02_split_qkv", "qk_norm")
-    forms = QUANTIZATIONS[config].attention_values, QUANTIZATIONS[config].attention_keys
-    assert handed == ([] if between else [(*HANDED[config], *forms)] * 2)
+    assert handed == ([] if between else [HANDED[config]] * 2)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -23,12 +23,12 @@ from vit_efficient.quantization.deploy import deployed_state, load_deployed
 from vit_efficient.quantization.int8 import Int8Config
 from vit_efficient.quantization.int8_attention import (
     Int8Attend,
-    describe_attention,
     integer_attention,
     observe_attention,
     quantize_attention,
 )
 from vit_efficient.quantization.stored import StoredAttention
+from vit_efficient.quantization.stored_attention import describe_attention
 
 SMALL: dict[str, Any] = {"img_size": 40, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 IMAGES = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(1))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vit_efficient.errors import CapabilityError
 from vit_efficient.kernels import attention_values, capability
+from vit_efficient.kernels.attention_gradient import drop, gradients
 from vit_efficient.kernels.int8_attention import reference
 from vit_efficient.kernels.int8_attention.reference import (
     Granularity,
@@ -31,7 +32,7 @@ from vit_efficient.kernels.int8_attention.reference import (
     softmax,
 )
 from vit_efficient.kernels.int8_linear.op import output_dtype
-from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE, dequantize_rows
+from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE
 
 
 @torch.library.custom_op("vit_efficient::int8_attend", mutates_args=())
@@ -169,7 +170,7 @@ class _Int8Attention(torch.autograd.Function):
                 y_BHNF = attention_values.weigh_rounded(s_BHNM, dequantize(v, v_scale), dropped)
             else:
                 with torch.autocast(s_BHNM.device.type, enabled=False):
-                    y_BHNF = _drop(softmax(s_BHNM), dropped) @ dequantize(v, v_scale)
+                    y_BHNF = drop(softmax(s_BHNM), dropped) @ dequantize(v, v_scale)
         beyond = [None if s is None else _beyond(x, s) for x, s in zip(operands, given, strict=True)]
         ctx.save_for_backward(q, q_scale, k, k_scale, v, v_scale, *beyond, bias, mask, dropped)
         ctx.scale, ctx.dtypes = scale, [x.dtype for x in operands]
@@ -179,13 +180,8 @@ class _Int8Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         q, q_scale, k, k_scale, v, v_scale, *beyond, bias, mask, dropped = ctx.saved_tensors
         p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, ctx.scale, bias, mask))
-        with torch.autocast(grad.device.type, enabled=False):
-            g_BHNF = grad.to(torch.float32)
-            grad_v = _drop(p_BHNM, dropped).mT @ g_BHNF
-            grad_p = _drop(g_BHNF @ dequantize(v, v_scale).mT, dropped)
-            grad_s = p_BHNM * (grad_p - (grad_p * p_BHNM).sum(dim=-1, keepdim=True))
-            grad_q = grad_s @ dequantize_rows(k, k_scale) * ctx.scale
-            grad_k = grad_s.mT @ dequantize_rows(q, q_scale) * ctx.scale
+        values = dequantize(q, q_scale), dequantize(k, k_scale), dequantize(v, v_scale)
+        grad_q, grad_k, grad_v, grad_s = gradients(grad, p_BHNM, *values, ctx.scale, dropped)
         grads = [
             (one if out is None else one.masked_fill(out, 0)).to(dtype)
             for one, out, dtype in zip((grad_q, grad_k, grad_v), beyond, ctx.dtypes, strict=True)
@@ -197,10 +193,6 @@ class _Int8Attention(torch.autograd.Function):
 def _beyond(x: Tensor, scale: Tensor) -> Tensor:
     """Where a calibrated scale makes a value saturate."""
     return x.to(torch.float32).abs() / scale > LARGEST_CODE
-
-
-def _drop(p_BHNM: Tensor, factor_BHNM: Tensor | None) -> Tensor:
-    return p_BHNM if factor_BHNM is None else p_BHNM * factor_BHNM
 
 
 def int8_attention(
