@@ -3,8 +3,8 @@
 Every backend runs the whole model on the same images. At every layer, and at every attention on codes, what it made
 (the codes that entered the product, and the output) is compared with what the definition in `kernels` makes of *the
 same input of that layer*. So a fault is found where it is, and in no layer behind it. Comparing only whole runs would
-say less: a float sum in another order changes a norm's last bit, that one code in 10^5, that the next layer's input, and
-some blocks later two sound programs differ in most codes (and, on a trained ViT-Ti, by 3 % in their logits).
+say less: a float sum in another order changes a norm's last bit, that one code in 10^5, that the next layer's input,
+and some blocks later two sound programs differ in most codes (and, on a trained ViT-Ti, by 3 % in their logits).
 
 The bounds, for every layer:
 

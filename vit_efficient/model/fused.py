@@ -136,13 +136,11 @@ class FusedBlock(nn.Module):
         """Projections, attention on codes, and the codes that enter the last projection."""
         attn, proj = self.attn, self.views["attn.proj"]
         backend: Any = attn.backend
-        rows: list[Tensor | None] = [None] * 3
-        if not backend.hands_codes:
-            operands = list(attn.split_heads(*self._project(read, dtype).values()))
+        if backend.hands_codes:
+            layers = [(self.views[f"attn.{name}"], self._bias(name)[0]) for name in self.readers]
+            operands, rows = attention_operands(backend, layers, read, attn.num_heads, dtype)
         else:
-            layers = [self.views[f"attn.{name}"] for name in self.readers]
-            biases = [self._bias(name)[0] for name in self.readers]
-            operands, rows = attention_operands(backend, layers, read, biases, attn.num_heads, dtype)
+            operands, rows = [*attn.split_heads(*self._project(read, dtype).values())], [None] * 3
         if attn.padding is not None:
             operands[1:] = attn.padding.readable(operands[1], operands[2], None, None)[:2]
             rows[1:] = [None if scale is None else scale[:, :, : operands[1].shape[2]] for scale in rows[1:]]

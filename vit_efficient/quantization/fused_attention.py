@@ -21,9 +21,8 @@ from vit_efficient.quantization.int8_attention import OPERANDS, Int8Attend
 
 def attention_operands(
     attend: Int8Attend,
-    layers: Sequence[FusedLinear],
+    layers: Sequence[tuple[FusedLinear, Tensor | None]],
     inputs: Sequence[Codes],
-    biases: Sequence[Tensor | None],
     heads: int,
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -32,9 +31,9 @@ def attention_operands(
     Args:
         attend: says which become codes, and under which scales. Blocks of keys are none of its business: no row of a
             projection knows their scale.
-        layers: the fused projection, or those of queries, keys and values.
+        layers: the fused projection, or those of queries, keys and values; each with a bias in place of one that it
+            lacks, or None.
         inputs: of each layer, codes (B, N, K).
-        biases: of each layer, in place of one that it lacks; or None.
         heads: H.
         dtype: of what does not become codes.
     """
@@ -47,14 +46,15 @@ def attention_operands(
         if first == last:
             continue
         one = 0 if fused else index
-        layer, width = layers[one], layers[one].layer.shape[0] // len(OPERANDS)
+        layer, bias = layers[one]
+        width = layer.layer.shape[0] // len(OPERANDS)
         outputs = slice(first * width, last * width) if fused else slice(None)
         if first < coded:
             own = None if scales is None else scales[first:last]
-            made = layer.output_heads(inputs[one], heads, last - first, own, biases[one], outputs)
+            made = layer.output_heads(inputs[one], heads, last - first, own, bias, outputs)
             operands += made.values.unbind(0)
             rows += made.scale.unbind(0)
         else:
-            operands.append(layer.output_float_heads(inputs[one], heads, dtype, biases[one], outputs))
+            operands.append(layer.output_float_heads(inputs[one], heads, dtype, bias, outputs))
             rows.append(None)
     return operands, rows
