@@ -30,8 +30,9 @@ from vit_efficient.engine.parts import (
 from vit_efficient.kernels.capability import lacks_triton
 from vit_efficient.kernels.fp8_linear.op import has_units
 from vit_efficient.kernels.int8_linear import op, reference
+from vit_efficient.quantization.fp8_attention import Fp8Attend
 from vit_efficient.quantization.fp8_layers import DeployedFp8
-from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
+from vit_efficient.quantization.int8_attention import Int8Attend, code_attention
 from vit_efficient.quantization.int8_layers import DeployedInt8, to_image
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -105,7 +106,7 @@ def defined(
 
         return answer
 
-    def attend(part: Int8Attend) -> Callable[..., Tensor]:
+    def attend(part: Int8Attend | Fp8Attend) -> Callable[..., Tensor]:
         def run(*tensors: Tensor, **options: Any) -> Tensor:
             inputs = Inputs(tensors, options)
             return definition(part, inputs, attention_dtype(inputs))[1]
@@ -115,13 +116,13 @@ def defined(
     with ExitStack() as stack:
         for name, layer in code_layers(model).items():
             stack.callback(layer.register_forward_hook(answering(name)).remove)
-        for part in integer_attention(model).values():
+        for part in code_attention(model).values():
             stack.enter_context(_attending(part, attend(part)))
         yield
 
 
 @contextmanager
-def _attending(part: Int8Attend, run: Callable[..., Tensor]) -> Iterator[None]:
+def _attending(part: Int8Attend | Fp8Attend, run: Callable[..., Tensor]) -> Iterator[None]:
     """While it lasts, `part.attend` is `run`."""
     own = part.__dict__.get("attend")
     part.__dict__["attend"] = run
@@ -261,7 +262,7 @@ def observe(model: nn.Module, images: Tensor, backend: Backend, see: Callable[[S
 
         return hook
 
-    def shown(name: str, part: Int8Attend) -> Callable[..., Tensor]:
+    def shown(name: str, part: Int8Attend | Fp8Attend) -> Callable[..., Tensor]:
         run = part.attend
 
         def attend(*tensors: Tensor, **options: Any) -> Tensor:
@@ -276,7 +277,7 @@ def observe(model: nn.Module, images: Tensor, backend: Backend, see: Callable[[S
         for name, layer in code_layers(model).items():
             stack.callback(layer.register_forward_pre_hook(begin).remove)
             stack.callback(layer.register_forward_hook(end(name)).remove)
-        for name, part in integer_attention(model).items():
+        for name, part in code_attention(model).items():
             stack.enter_context(_attending(part, shown(name, part)))
         stack.enter_context(operands)
         return model(images).float()

@@ -137,11 +137,12 @@ def calibrate_model(
 @contextmanager
 def _float32_attention(model: nn.Module) -> Iterator[None]:
     """While it lasts, what attends in floating point does so through SDPA: the recipe's own may want half precision."""
-    from vit_efficient.quantization.int8_attention import Int8Attend, attention_modules
+    from vit_efficient.quantization.int8_attention import attention_modules, code_attention
 
     own: list[tuple[Any, str, Any]] = []
-    for module in attention_modules(model).values():
-        holder, name = (module.backend, "plain") if isinstance(module.backend, Int8Attend) else (module, "backend")
+    on_codes = code_attention(model)
+    for key, module in attention_modules(model).items():
+        holder, name = (module.backend, "plain") if key in on_codes else (module, "backend")
         own.append((holder, name, getattr(holder, name)))
     try:
         for holder, name, _ in own:

@@ -1,30 +1,36 @@
 """The parts of a deployed model that compute on codes, and what the definitions in `kernels` make of a part's input.
 
-A part is an integer layer, an fp8 layer, or the integer attention of a block. Legend: M tokens, K inputs, N outputs.
+A part is an integer layer, an fp8 layer, or the attention of a block if that multiplies codes. Legend: M tokens, K
+inputs, N outputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vit_efficient.kernels.fp8_attention import reference as fp8_attention
 from vit_efficient.kernels.fp8_linear import reference as fp8
 from vit_efficient.kernels.int8_attention import op as attention_op
 from vit_efficient.kernels.int8_attention import reference as attention
 from vit_efficient.kernels.int8_linear import reference
 from vit_efficient.kernels.int8_linear.op import output_dtype
+from vit_efficient.quantization.fp8_attention import Fp8Attend
 from vit_efficient.quantization.fp8_layers import DeployedFp8
-from vit_efficient.quantization.int8_attention import Int8Attend, integer_attention
+from vit_efficient.quantization.int8_attention import Int8Attend, code_attention
 from vit_efficient.quantization.int8_layers import DeployedInt8, to_patches
 
 Layer = DeployedInt8 | DeployedFp8
-Part = Layer | Int8Attend
+Part = Layer | Int8Attend | Fp8Attend
 
 FLOAT32 = 1e-5  # of an output's norm: float32 sums in another order
 FP8_UNITS, FP8_FAST = 1e-3, 1e-2  # the same on fp8 matrix units, which sum in fewer bits
+E4M3_LOGITS = 1.5e-2  # logits of e4m3 operands that two programs rotate in another order, and sum in fewer bits
+E4M3_WEIGHTS = 5e-2  # attention weights that two programs round to e4m3 each in its own way (`attention_values.weigh`)
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ def code_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def code_parts(model: nn.Module) -> dict[str, Part]:
-    """All parts, by name; integer attention by that of its attention module."""
-    return {**code_layers(model), **integer_attention(model)}
+    """All parts, by name; attention by that of its attention module."""
+    return {**code_layers(model), **code_attention(model)}
 
 
 def output_bound(part: Part) -> float | None:
@@ -65,7 +71,10 @@ def output_bound(part: Part) -> float | None:
     if isinstance(part, DeployedInt8):
         return None  # integer sums are exact, and the epilogue's order is written
     if isinstance(part, Int8Attend):
-        return FLOAT32  # softmax and the values' product are float sums
+        # Softmax and the values' product are float sums. A kernel rounds weights to e4m3 against another maximum.
+        return E4M3_WEIGHTS if part.values == "fp8" else FLOAT32
+    if isinstance(part, Fp8Attend):
+        return E4M3_WEIGHTS if part.values == "fp8" else E4M3_LOGITS
     return FP8_FAST if part.scheme.accumulation == "fast" else FP8_UNITS
 
 
@@ -74,11 +83,14 @@ def definition(part: Part, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, 
 
     Returns:
         The codes that enter its product, int8 (of fp8 their `ordinals`), and its output in `dtype`: (M, K) and (M, N)
-        of a layer; of attention the codes of queries, keys and values in a row, and (B, H, N, F).
+        of a layer; of attention the codes of queries, keys and values (none of float ones) in a row, and (B, H, N, F).
     """
     if isinstance(part, Int8Attend):
         with torch.autocast(inputs.tensors[0].device.type, enabled=False):  # which would round the sums
             return _attention(part, inputs, dtype)
+    if isinstance(part, Fp8Attend):
+        with torch.autocast(inputs.tensors[0].device.type, enabled=False):
+            return _fp8_attention(part, inputs, dtype)
     (x,) = inputs.tensors
     q_MK, scale_M1 = quantized(part, x)
     return comparable(q_MK), product(part, q_MK, scale_M1, dtype)
@@ -114,11 +126,6 @@ def product(layer: Layer, q_MK: Tensor, scale_M1: Tensor, dtype: torch.dtype) ->
 
 
 def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    given = attend.scales or (None, None, None)
-    codes = [
-        attention.quantize(x, attend.granularity, scale)[0].reshape(-1)
-        for x, scale in zip(inputs.tensors, given, strict=True)
-    ]
     y_BHNF = attention.int8_attention(
         *inputs.tensors,
         bias=inputs.options.get("bias"),
@@ -126,18 +133,39 @@ def _attention(attend: Int8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[
         scale=inputs.options["scale"],
         granularity=attend.granularity,
         scales=attend.scales,
+        values=attend.values,
+        keys=attend.keys,
         dtype=dtype,
     )
-    return torch.cat(codes), y_BHNF
+    return _attention_codes(attend, inputs, attention), y_BHNF
 
 
-def attention_codes(attend: Int8Attend, inputs: Inputs) -> Tensor:
+def _fp8_attention(attend: Fp8Attend, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    extras: dict[str, Any] = {name: inputs.options.get(name) for name in ("bias", "mask", "scale")}
+    y_BHNF = fp8_attention.attend(*inputs.tensors, **extras, values=attend.values, dtype=dtype)
+    return attention_codes(attend, inputs), y_BHNF
+
+
+def attention_codes(attend: Int8Attend | Fp8Attend, inputs: Inputs) -> Tensor:
     """The codes of queries, keys and values as the running attention makes them, in a row."""
-    given = attend.scales or (None, None, None)
-    quantized = (
-        attention_op.quantize(x, attend.granularity, scale) for x, scale in zip(inputs.tensors, given, strict=True)
-    )
-    return torch.cat([codes.reshape(-1) for codes, _ in quantized])
+    if isinstance(attend, Fp8Attend):
+        q_BHNE, k_BHME, v_BHMF = inputs.tensors
+        made = fp8_attention.operands(q_BHNE, k_BHME)
+        v = [attention.quantize_values(v_BHMF, "fp8")[0]] if attend.values == "fp8" else []
+        return torch.cat([ordinals(codes).reshape(-1) for codes in (made.q, made.k, *v)])
+    return _attention_codes(attend, inputs, attention_op)
+
+
+def _attention_codes(attend: Int8Attend, inputs: Inputs, by: ModuleType) -> Tensor:
+    """The same as a module quantizes: e4m3 values as `ordinals`; float ones have no codes."""
+    q_BHNE, k_BHME, v_BHMF = inputs.tensors
+    q_scale, k_scale, v_scale = attend.scales or (None, None, None)
+    codes = [by.quantize(q_BHNE, attend.granularity, q_scale)[0]]
+    codes.append(by.quantize_keys(k_BHME, attend.keys, attend.granularity, k_scale)[0])
+    if attend.values != "float":
+        v, _ = by.quantize_values(v_BHMF, attend.values, attend.granularity, v_scale)
+        codes.append(ordinals(v) if attend.values == "fp8" else v)
+    return torch.cat([one.reshape(-1) for one in codes])
 
 
 def attention_dtype(inputs: Inputs) -> torch.dtype:

@@ -70,11 +70,22 @@ def weigh(s_BHNM: Tensor, v_BHMF: Tensor) -> Tensor:
         s_BHNM: logits; minus infinity where a query may not look. A query that may look at no key gets zeros.
         v_BHMF: values, floating point.
     """
-    codes, scale = quantize_blocks(v_BHMF)
+    return weigh_rounded(s_BHNM, dequantize_blocks(*quantize_blocks(v_BHMF)))
+
+
+def weigh_rounded(s_BHNM: Tensor, v_BHMF: Tensor, dropped: Tensor | None = None) -> Tensor:
+    """`weigh` with values that are what e4m3 codes stand for, float32.
+
+    Args:
+        s_BHNM: logits.
+        v_BHMF: such values.
+        dropped: what the weights are multiplied by after they are rounded: zeros where they are dropped. Broadcasts.
+    """
     largest = s_BHNM.amax(dim=-1, keepdim=True)
     nothing = largest == -torch.inf
     u_BHNM = (s_BHNM - largest.masked_fill(nothing, 0)).exp()
     rounded = (u_BHNM * WEIGHT).to(FORMAT).to(torch.float32)
+    rounded = rounded if dropped is None else rounded * dropped
     with torch.autocast(s_BHNM.device.type, enabled=False):
-        y_BHNF = rounded @ dequantize_blocks(codes, scale)
+        y_BHNF = rounded @ v_BHMF
     return (y_BHNF / (WEIGHT * u_BHNM.sum(dim=-1, keepdim=True))).masked_fill(nothing, 0)

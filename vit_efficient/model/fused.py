@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from vit_efficient.attention.modules import Arguments, SelfAttention
 from vit_efficient.errors import UserError
-from vit_efficient.kernels.int8_attention.op import int8_attend
 from vit_efficient.kernels.int8_linear.op import output_dtype
 from vit_efficient.model.fuse_report import FuseReport
+from vit_efficient.quantization.fp8_attention import Fp8Attend
+from vit_efficient.quantization.fused_attention import attention_operands
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
 from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
 from vit_efficient.quantization.int8_attention import Int8Attend
@@ -102,11 +103,7 @@ class FusedBlock(nn.Module):
 
     def _attend(self, read: list[Codes], dtype: torch.dtype, given: Arguments) -> Codes:
         """Projections in `dtype`, attention by the backend, and the codes that enter the last projection."""
-        attn, projected = self.attn, {}
-        for name, codes in zip(self.readers, read, strict=True):
-            bias, apart = self._bias(name)
-            y = self.views[f"attn.{name}"].output(codes, dtype, bias)
-            projected[name] = y if apart is None else y + apart.to(dtype)
+        attn, projected = self.attn, self._project(read, dtype)
         gate = projected.pop("gate", None)
         y_BND = attn.attend_heads(*attn.split_heads(*projected.values()), **given)
         if gate is None:
@@ -114,13 +111,21 @@ class FusedBlock(nn.Module):
         y_BND = y_BND if attn.norm is None else attn.norm(y_BND)
         return self.views["attn.proj"].codes(y_BND * gate.sigmoid(), self.attn_output.reciprocal)
 
+    def _project(self, read: list[Codes], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What reads the input, in `dtype`, by name: (B, N, ...)."""
+        projected = {}
+        for name, codes in zip(self.readers, read, strict=True):
+            bias, apart = self._bias(name)
+            y = self.views[f"attn.{name}"].output(codes, dtype, bias)
+            projected[name] = y if apart is None else y + apart.to(dtype)
+        return projected
+
     def _attends_codes(self) -> bool:
-        """Whether projections can end in the codes that integer attention multiplies: nothing lies between the two."""
+        """Whether attention on codes can be called here, between the projections: nothing else lies between them."""
         attn, backend = self.attn, self.attn.backend
         return (
-            isinstance(backend, Int8Attend)
-            and backend.granularity == "token"
-            and not backend.observing
+            isinstance(backend, (Int8Attend, Fp8Attend))
+            and backend.direct
             and (attn.q_norm is None or (_is_identity(attn.q_norm) and _is_identity(attn.k_norm)))
             and attn.num_kv_heads == attn.num_heads
             and not any(self.views[f"attn.{name}"].grouped or self._bias(name)[1] is not None for name in self.readers)
@@ -128,25 +133,20 @@ class FusedBlock(nn.Module):
         )
 
     def _attend_codes(self, read: list[Codes], dtype: torch.dtype) -> Codes:
-        """Projections that end in codes, integer attention, and the codes that enter the last projection."""
-        attn, proj, backend = self.attn, self.views["attn.proj"], self.attn.backend
-        assert isinstance(backend, Int8Attend)
-        scales = None if backend.scales is None else torch.stack(backend.scales)
-        parts = 3 if attn.qkv is not None else 1
-        values: list[Tensor] = []
-        rows: list[Tensor] = []
-        for index, (name, codes) in enumerate(zip(self.readers, read, strict=True)):
-            own = scales if scales is None or parts == 3 else scales[index : index + 1]
-            made = self.views[f"attn.{name}"].output_heads(codes, attn.num_heads, parts, own, self._bias(name)[0])
-            values += made.values.unbind(0)
-            rows += made.scale.unbind(0)
-        (q, k, v), (q_scale, k_scale, v_scale) = values, rows
+        """Projections, attention on codes, and the codes that enter the last projection."""
+        attn, proj = self.attn, self.views["attn.proj"]
+        backend: Any = attn.backend
+        if backend.hands_codes:
+            layers = [(self.views[f"attn.{name}"], self._bias(name)[0]) for name in self.readers]
+            operands, rows = attention_operands(backend, layers, read, attn.num_heads, dtype)
+        else:
+            operands, rows = [*attn.split_heads(*self._project(read, dtype).values())], [None] * 3
         if attn.padding is not None:
-            k, v, *_ = attn.padding.readable(k, v, None, None)
-            k_scale, v_scale, *_ = attn.padding.readable(k_scale, v_scale, None, None)
+            operands[1:] = attn.padding.readable(operands[1], operands[2], None, None)[:2]
+            rows[1:] = [None if scale is None else scale[:, :, : operands[1].shape[2]] for scale in rows[1:]]
         # A given scale of the projection behind it: attention ends in that one's codes.
         ends_in = proj.input_scale if self._attention_apart() is None else None
-        y_BHNE = int8_attend(q, k, v, q_scale, k_scale, v_scale, scale=attn.scale, out_scale=ends_in, dtype=dtype)
+        y_BHNE = backend.attend_direct(operands, rows, scale=attn.scale, out_scale=ends_in, dtype=dtype)
         y_BND = y_BHNE.transpose(1, 2).flatten(2)
         return self.attn_output(y_BND) if ends_in is None else Codes(y_BND, ends_in.reshape(1, 1))
 
@@ -159,9 +159,10 @@ class FusedBlock(nn.Module):
             return "attention ends in floating point"
         if not _is_identity(self.attn.norm):
             return "a norm lies between attention and it"
-        if proj.form != "int8" or proj.input_scale is None:
-            return "integer attention ends in int8 codes under a given scale only (hybrid and static have one)"
-        return None if proj.plain_input else "integer attention ends in codes under a scale alone: no shift, no smooth"
+        form = getattr(self.attn.backend, "form", None)
+        if proj.form != form or proj.input_scale is None:
+            return f"{form} attention ends in {form} codes under a given scale only (hybrid and static have one)"
+        return None if proj.plain_input else f"{form} attention ends in codes under a scale alone: no shift, no smooth"
 
     def _mlp_apart(self) -> str | None:
         """Why the wide layer cannot end in the codes of the narrow one; None: it can."""

@@ -17,7 +17,7 @@ from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE
 from vit_efficient.quantization.calibratable import Calibratable, Fit
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.importance import token_importance
-from vit_efficient.quantization.int8_attention import OPERANDS, integer_attention, observe_attention
+from vit_efficient.quantization.int8_attention import integer_attention, observe_attention
 from vit_efficient.quantization.int8_layers import Int8Linear, Int8Patches, to_patches
 from vit_efficient.quantization.observers import threshold
 from vit_efficient.quantization.select import block_index
@@ -203,11 +203,13 @@ def _calibrate_attention(model: nn.Module, batches: Sequence[Tensor], config: Ca
     static = {name: attend for name, attend in integer_attention(model).items() if attend.mode == "static"}
     if not static:
         return
-    found: dict[str, dict[str, list[Tensor]]] = {name: {operand: [] for operand in OPERANDS} for name in static}
+    found: dict[str, dict[str, list[Tensor]]] = {
+        name: {operand: [] for operand in attend.operands} for name, attend in static.items()
+    }
     step = max(1, sum(len(batch) for batch in batches) // 64)
 
     def see(name: str, operand: str, x_BHNE: Tensor) -> None:
-        if name in found:
+        if operand in found.get(name, ()):
             found[name][operand].append(x_BHNE[::step].float().reshape(-1, x_BHNE.shape[-1]))
 
     for attend in static.values():

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vit_efficient.errors import CheckpointError
-from vit_efficient.quantization.int8_attention import describe_attention, prepare_attention
 from vit_efficient.quantization.stored import (
     ADAPTERS,
     ATTENTION,
@@ -23,8 +22,10 @@ from vit_efficient.quantization.stored import (
     QuantizedLayer,
     StoredAdapter,
     StoredAttention,
+    StoredFp8Attention,
     StoredLayer,
 )
+from vit_efficient.quantization.stored_attention import describe_attention, prepare_attention
 from vit_efficient.quantization.surgery import replace
 
 FORMAT = "vit_efficient"
@@ -135,7 +136,7 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def _read(
     metadata: Mapping[str, str],
-) -> tuple[dict[str, StoredLayer], dict[str, StoredAdapter], dict[str, StoredAttention]]:
+) -> tuple[dict[str, StoredLayer], dict[str, StoredAdapter], dict[str, StoredAttention | StoredFp8Attention]]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError("The file does not say that it is a deployed model of vit_efficient (`format`).")
     if metadata.get("version") != VERSION:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from vit_efficient.config import Config
 from vit_efficient.quantization.base import (
@@ -56,6 +56,15 @@ class Fp8Config(Config):
     accumulation: Literal["full", "fast"] = Field(
         "full", description="Sums in float32, or in the fewer bits of the GPU's matrix units; a CPU has float32 only."
     )
+    attention: Literal["none", "fp8"] = Field(
+        "none",
+        description="`fp8`: queries and keys in e4m3 after a rotation that spreads outliers (incoherent processing), "
+        "scales chosen in each forward.",
+    )
+    attention_values: Literal["float", "fp8"] = Field(
+        "float",
+        description="Of `attention: fp8`: values multiplied as they are, or in e4m3 like the attention weights.",
+    )
     calibration: CalibrationConfig | None = Field(
         None,
         description="What is found on images before training or deployment: shift, rounding and bias. Unset: nothing.",
@@ -63,6 +72,13 @@ class Fp8Config(Config):
     distill: DistillConfig | None = DISTILL
 
     _budget = field_validator("budget")(needs_auto)
+
+    @field_validator("attention_values")
+    @classmethod
+    def _of_attention(cls, values: str, info: ValidationInfo) -> str:
+        if values == "fp8" and info.data.get("attention") == "none":
+            raise ValueError("is fp8, and quantization.attention=none attends in floating point; leave one out")
+        return values
 
     @field_validator("calibration")
     @classmethod
@@ -95,12 +111,14 @@ class Fp8Config(Config):
         Raises:
             UserError: `keep` is still `auto`, an entry of it matches nothing, or nothing is left to quantize.
         """
-        from vit_efficient.quantization import fp8_layers, select
+        from vit_efficient.quantization import fp8_layers, int8_attention, select
 
         del compute_dtype  # codes and scales do not depend on it; autocast decides the outputs' dtype
         selection = select.select(model, self.keep)
         report = Report.of(self.name, selection)
         fp8_layers.quantize(model, selection.quantized, self.scheme)
+        if self.attention != "none":
+            int8_attention.quantize_attention_fp8(model, self.attention_values)
         return report
 
     def finalize(self, model: nn.Module) -> None:

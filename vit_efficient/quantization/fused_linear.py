@@ -87,7 +87,15 @@ class FusedLinear:
             return self._by_groups(x, bias, dtype)
         return linear.linear(*self._operands(x), bias, dtype=dtype, accumulation=self.accumulation)
 
-    def output_heads(self, x: Codes, heads: int, parts: int, scales: Tensor | None, bias: Tensor | None) -> Codes:
+    def output_heads(
+        self,
+        x: Codes,
+        heads: int,
+        parts: int,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        outputs: slice = slice(None),
+    ) -> Codes:
         """The layer, laid out and quantized for integer attention: int8 codes (P, B, H, T, E) of x (B, T, K).
 
         Args:
@@ -96,10 +104,18 @@ class FusedLinear:
             parts: P, 3 of a fused qkv.
             scales: one for each part (P,); None: each token's and head's own.
             bias: takes the place of one that the layer lacks.
+            outputs: those of its outputs that are wanted.
         """
-        operands = *self._operands(x), self.layer.bias if bias is None else bias
+        operands = self._outputs(x, bias, outputs)
         options = {"parts": parts, "scales": scales, "accumulation": self.accumulation}
         return Codes(*linear.linear_heads_quant(*operands, heads, **options))  # type: ignore[arg-type]
+
+    def output_float_heads(
+        self, x: Codes, heads: int, dtype: torch.dtype, bias: Tensor | None, outputs: slice = slice(None)
+    ) -> Tensor:
+        """The layer, laid out for attention in `dtype`: one part (B, H, T, E); else as `output_heads`."""
+        operands = self._outputs(x, bias, outputs)
+        return linear.linear_heads(*operands, heads, dtype=dtype, parts=1, accumulation=self.accumulation).squeeze(0)
 
     def output_gelu(self, x: Codes, dtype: torch.dtype) -> Tensor:
         """The layer, then GELU (the erf form): (..., N) in `dtype`."""
@@ -145,6 +161,15 @@ class FusedLinear:
         layer = self.layer
         weight = layer.weight_codes() if isinstance(layer, DeployedInt8) else layer.weight
         return x.values, x.scale, weight, layer.weight_scale
+
+    def _outputs(
+        self, x: Codes, bias: Tensor | None, outputs: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """`_operands` and the bias of some of the outputs: views."""
+        values, scale, weight, weight_scale = self._operands(x)
+        bias = self.layer.bias if bias is None else bias
+        own = weight_scale if weight_scale.numel() == 1 else weight_scale[outputs]
+        return values, scale, weight[outputs], own, None if bias is None else bias[outputs]
 
     def _by_groups(self, x: Codes, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Groups of inputs have weight scales of their own: the product is not one matrix product."""

@@ -65,6 +65,14 @@ class Int8Config(Config):
     attention: Literal["none", "dynamic", "static"] = Field(
         "none", description="Mixed-precision attention: the product of queries and keys in integers (QAttn)."
     )
+    attention_values: Literal["int8", "float", "fp8"] = Field(
+        "int8",
+        description="Of mixed-precision attention: values are quantized and multiplied in floating point (`int8`, "
+        "QAttn), multiplied as they are (`float`, faster), or in e4m3 like the attention weights (`fp8`, from sm_89).",
+    )
+    attention_keys: Literal["token", "block"] = Field(
+        "token", description="Of `attention: dynamic`: one scale for each key, or one for each head's 128 keys."
+    )
     calibration: CalibrationConfig | None = Field(
         None,
         description="What is found on images before training or deployment. Unset: the defaults where it is needed.",
@@ -99,6 +107,16 @@ class Int8Config(Config):
         if dynamic_scale == "tensor" and info.data.get("activations") == "static":
             raise ValueError("is tensor, and quantization.activations=static has no dynamic scale; leave it out")
         return dynamic_scale
+
+    @field_validator("attention_values", "attention_keys")
+    @classmethod
+    def _of_attention(cls, form: str, info: ValidationInfo) -> str:
+        mode, default = info.data.get("attention"), cls.model_fields[str(info.field_name)].default
+        if form != default and mode == "none":
+            raise ValueError(f"is {form}, and quantization.attention=none attends in floating point; leave one out")
+        if form == "block" and mode == "static":
+            raise ValueError("is block, and quantization.attention=static has one calibrated scale; leave one out")
+        return form
 
     @field_validator("freeze_ranges")
     @classmethod
@@ -139,7 +157,9 @@ class Int8Config(Config):
         report = Report.of(self.name, selection)
         int8_layers.quantize(model, selection.quantized, self.scheme)
         if self.attention != "none":
-            int8_attention.quantize_attention(model, self.attention)
+            int8_attention.quantize_attention(
+                model, self.attention, values=self.attention_values, keys=self.attention_keys
+            )
         if self.learn_scales and not self.needs_calibration:  # else calibration says where they start
             int8_layers.learn_scales(model)
         return report
@@ -157,5 +177,10 @@ class Int8Config(Config):
                 return (
                     f"quantization=int8: {gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}) has no integer matrix "
                     "units; they came with sm_75 (T4). Use quantization=none."
+                )
+            if self.attention_values == "fp8" and gpu.capability < (8, 9):
+                return (
+                    f"quantization.attention_values=fp8: {gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}) has no "
+                    "fp8 matrix units; they came with sm_89 (Ada, Hopper). Take quantization.attention_values=float."
                 )
         return precision_refusal(machine, precision, device)

@@ -202,18 +202,34 @@ class StoredAttention(Config):
 
     mode: Literal["dynamic", "static"]
     granularity: Literal["token", "tensor"] = "token"
+    values: Literal["int8", "float", "fp8"] = "int8"
+    keys: Literal["token", "block"] = "token"
 
     def check(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What is wrong with its tensors (`q_scale`, `k_scale`, `v_scale`, of the static form only); or None."""
+        """What is wrong with its tensors (`q_scale`, `k_scale` and, of int8 values, `v_scale`, of the static form
+        only), or with itself; or None."""
         import torch
 
+        if self.keys == "block" and (self.mode, self.granularity) != ("dynamic", "token"):
+            return f"one scale a block of keys does not go with {self.mode} scales a {self.granularity}"
         if self.mode == "dynamic":
             return None
-        names = ("q_scale", "k_scale", "v_scale")
+        names = ("q_scale", "k_scale", *(["v_scale"] if self.values == "int8" else []))
         if problem := expected(tensors, **dict.fromkeys(names, (torch.float32, 1))):
             return problem
         bad = [name for name in names if not (tensors[name].isfinite() & (tensors[name] > 0)).all()]
         return f"{bad[0]} is {tensors[bad[0]].item():g}, not a number above 0" if bad else None
+
+
+class StoredFp8Attention(Config):
+    """fp8 attention (`fp8_attention.Fp8Attend`), likewise. It has no tensors."""
+
+    mode: Literal["fp8"]
+    values: Literal["float", "fp8"] = "float"
+
+    def check(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with its tensors: that there are any; or None."""
+        return f"it has no tensors, and here is {next(iter(tensors))}" if tensors else None
 
 
 class StoredAdapter(Config):
@@ -228,4 +244,4 @@ class StoredAdapter(Config):
 StoredLayer = Annotated[StoredInt8 | StoredBnb4 | StoredBnb8 | StoredFp8 | StoredTorchao, Field(discriminator="kind")]
 LAYERS: TypeAdapter[dict[str, StoredLayer]] = TypeAdapter(dict[str, StoredLayer])
 ADAPTERS = TypeAdapter(dict[str, StoredAdapter])
-ATTENTION = TypeAdapter(dict[str, StoredAttention])
+ATTENTION = TypeAdapter(dict[str, Annotated[StoredAttention | StoredFp8Attention, Field(discriminator="mode")]])

@@ -30,9 +30,13 @@ VARIANTS = {
     "lora_sdpa": ("lora_sdpa",),
     "int8_sdpa": ("int8_sdpa",),
     "int8_static_sdpa": ("int8_static_sdpa",),
+    "e4m3 values (`int8_sdpa quantization.attention=dynamic quantization.attention_values=fp8`)": (
+        "int8_sdpa", "quantization.attention=dynamic", "quantization.attention_values=fp8",
+    ),
     "int8_flash2": ("int8_flash2",),
     "w4a8_sdpa": ("w4a8_sdpa",),
     "fp8_sdpa": ("fp8_sdpa",),
+    "fp8 attention (`fp8_sdpa quantization.attention=fp8`)": ("fp8_sdpa", "quantization.attention=fp8"),
     "int4_sdpa": ("int4_sdpa",),
     "int4_flash2": ("int4_flash2",),
     "LLM.int8 + LoRA (`quantization=bnb_int8 quantization.lora={}`)": (

@@ -22,6 +22,7 @@ from vit_efficient.engine.parts import code_layers, code_parts, definition, inte
 from vit_efficient.engine.tally import Tally, VerifyResult
 from vit_efficient.engine.verify import run_verify
 from vit_efficient.errors import UserError
+from vit_efficient.kernels.fp8_attention import op as fp8_attention_op
 from vit_efficient.kernels.fp8_linear import op as fp8_op
 from vit_efficient.kernels.fp8_linear import reference as fp8_reference
 from vit_efficient.kernels.int8_attention import op as attention_op
@@ -32,7 +33,7 @@ from vit_efficient.model.fused import FusedBlock
 from vit_efficient.quantization.fp8 import Fp8Config
 from vit_efficient.quantization.fp8_layers import TrainableFp8
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear
-from vit_efficient.quantization.int8_attention import integer_attention, quantize_attention
+from vit_efficient.quantization.int8_attention import integer_attention, quantize_attention, quantize_attention_fp8
 from vit_efficient.quantization.int8_layers import DeployedInt8
 from vit_efficient.quantization.surgery import replace
 
@@ -156,6 +157,35 @@ def test_integer_attention_is_verified_too(integer_model: Make, monkeypatch: pyt
         return (x / own).floor().clamp(-127, 127).to(torch.int8), own
 
     monkeypatch.setattr(attention_op, "quantize", rounded_down)
+    result, _ = verify(model)
+    assert {layer for _, layer, _ in result.failures} - {"logits"} == {"blocks.0.attn", "blocks.1.attn"}
+
+
+@pytest.mark.parametrize(("values", "operands"), [("float", 2), ("fp8", 3)])
+def test_other_forms_of_integer_attention_are_verified(
+    integer_model: Make, monkeypatch: pytest.MonkeyPatch, values: Any, operands: int
+) -> None:
+    model = integer_model()
+    quantize_attention(model, "dynamic", values=values, keys="block")
+    result, printed = verify(model)
+    assert result.ok, printed
+    assert result.layers[OWN]["blocks.0.attn"].total == 2 * 3 * operands * (17 * 48)  # batches, images, codes
+    by_token = attention_reference.quantize_keys
+    monkeypatch.setattr(attention_op, "quantize_keys", lambda k, keys, *rest: by_token(k, "token", *rest))
+    result, _ = verify(model)
+    assert "blocks.0.attn" in {layer for _, layer, _ in result.failures}
+
+
+@pytest.mark.parametrize(("values", "operands"), [("float", 2), ("fp8", 3)])
+def test_fp8_attention_is_verified(values: Any, operands: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fp8_model()
+    quantize_attention_fp8(model, values)
+    result, printed = verify(model)
+    assert result.ok, printed
+    counted = next(iter(result.layers.values()))["blocks.0.attn"]
+    assert counted.total == 2 * 3 * operands * (17 * 48)  # heads are 16 wide, so rotated ones too
+    right = fp8_attention_op.quantize_values
+    monkeypatch.setattr(fp8_attention_op, "quantize_values", lambda v, values: right(1.1 * v, values))
     result, _ = verify(model)
     assert {layer for _, layer, _ in result.failures} - {"logits"} == {"blocks.0.attn", "blocks.1.attn"}
 

@@ -132,7 +132,7 @@ def test_rotation_is_orthogonal_and_of_ones(width: int) -> None:
 def test_fp8_is_float64_on_its_logits(tokens: int, width: int) -> None:
     q, k, v = operands(tokens, width)
     for rotated in (False, True):
-        p = fp8.logits(q, k, 0.125, rotated=rotated).double().softmax(-1)
+        p = fp8.logits(fp8.operands(q, k, rotated=rotated), 0.125).double().softmax(-1)
         assert error(fp8_attend(q, k, v, scale=0.125, rotated=rotated), p @ v.double()) < 1e-6
         assert error(fp8_attend(q, k, v, scale=0.125, rotated=rotated, values="fp8"), p @ v.double()) < 5e-2
 

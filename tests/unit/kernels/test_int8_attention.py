@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.kernels.int8_attention import op, reference
+from vit_efficient.kernels.int8_attention.reference import Keys, Values
 
 TOKENS = (1, 63, 196, 197, 198, 257)
 WIDTHS = (32, 64, 80, 88)
@@ -249,6 +250,31 @@ def test_dropout_drops_and_keeps_the_mean() -> None:
     y = op.int8_attention(q, k, torch.ones(2, 3, 197, 4), scale=0.2, dropout=0.5)
     assert y.std() > 0.01
     assert (y.mean() - 1).abs() < 0.01
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(("values", "keys"), [("float", "token"), ("fp8", "token"), ("int8", "block")])
+def test_gradients_of_other_forms(values: Values, keys: Keys, extras: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Straight through the codes of keys and values; attention weights that the forward rounds count unrounded."""
+    q, k, v = x = tuple(one.detach().clone().requires_grad_() for one in operands(197, 32))
+    k_codes, k_rows = reference.quantize_keys(k, keys)
+    v_value = reference.dequantize(*reference.quantize_values(v, values))
+    straight = (
+        dequantized(q, "token", None),
+        k + (k_codes.float() * k_rows - k).detach(),
+        v + (v_value - v).detach(),
+    )
+    dropped = F.dropout(torch.ones(2, 3, 197, 197), 0.3) if extras else None
+    mask = (torch.rand(197, 197) < 0.8) | torch.eye(197, dtype=torch.bool) if extras else None
+    expected = float_attention(straight, None, mask, dropped)
+    if extras:
+        monkeypatch.setattr(op.F, "dropout", lambda ones, p: dropped)
+    y = op.int8_attention(*x, mask=mask, scale=0.2, dropout=0.3 if extras else 0.0, values=values, keys=keys)
+    assert distance(y, expected) < (5e-2 if values == "fp8" else 1e-5)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, x, upstream)
+    for own, other in zip(torch.autograd.grad(y, x, upstream), wanted, strict=True):
+        assert distance(own, other) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -22,7 +22,6 @@ from vit_efficient.kernels.layernorm_quant.op import layernorm_quant
 from vit_efficient.kernels.linear import op as linear
 from vit_efficient.kernels.quantize import op as quantization
 from vit_efficient.kernels.quantize.reference import smoothed
-from vit_efficient.model import fused
 from vit_efficient.model.fused import FusedBlock, fuse_blocks, unfuse_blocks
 from vit_efficient.quantization.calibrate import calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
@@ -31,6 +30,7 @@ from vit_efficient.quantization.fp8 import Fp8Config
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear
 from vit_efficient.quantization.int4 import Int4Config
 from vit_efficient.quantization.int8 import Int8Config
+from vit_efficient.quantization.int8_attention import Int8Attend
 from vit_efficient.quantization.int8_deployed import DeployedInt8
 
 SMALL = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -62,6 +62,22 @@ QUANTIZATIONS: dict[str, Any] = {
     "integer_attention_static_plain": Int8Config(
         attention="static", activations="hybrid", calibration=CalibrationConfig(shift=False, smooth=None)
     ),
+    "integer_attention_float_values": Int8Config(attention="dynamic", attention_values="float"),
+    "integer_attention_fp8_values": Int8Config(attention="dynamic", attention_values="fp8", weights="tensor"),
+    "integer_attention_blocks": Int8Config(attention="dynamic", attention_values="float", attention_keys="block"),
+    "integer_attention_blocks_static_plain": Int8Config(
+        attention="dynamic",
+        attention_values="fp8",
+        attention_keys="block",
+        activations="hybrid",
+        calibration=CalibrationConfig(shift=False, smooth=None),
+    ),
+    "integer_attention_float_values_static_plain": Int8Config(
+        attention="static",
+        attention_values="float",
+        activations="hybrid",
+        calibration=CalibrationConfig(shift=False, smooth=None),
+    ),
     "static": Int8Config(activations="static"),
     "hybrid": Int8Config(activations="hybrid"),
     "hybrid_smooth": Int8Config(activations="hybrid", calibration=CalibrationConfig(smooth=0.5)),
@@ -73,6 +89,8 @@ QUANTIZATIONS: dict[str, Any] = {
     "fp8_per_tensor": Fp8Config(activations="tensor", weights="tensor"),
     "fp8_static": Fp8Config(activations="static"),
     "fp8_hybrid": Fp8Config(activations="hybrid"),
+    "fp8_attention": Fp8Config(attention="fp8"),
+    "fp8_attention_hybrid": Fp8Config(attention="fp8", attention_values="fp8", activations="hybrid"),
     "fp8_shift": Fp8Config(calibration=CalibrationConfig()),
 }
 
@@ -369,27 +387,43 @@ def test_training_is_refused() -> None:
     model.eval()(images())
 
 
-@pytest.mark.parametrize("family", ["vit", "siglip", "eva02_split_qkv", "qk_norm"])
-@pytest.mark.parametrize("config", ["integer_attention", "integer_attention_static_plain"])
+HANDED = {  # queries and keys, values, and whether attention ends in codes
+    "integer_attention": (torch.int8, torch.int8, False),
+    "integer_attention_static_plain": (torch.int8, torch.int8, True),
+    "integer_attention_float_values": (torch.int8, torch.float32, False),
+    "integer_attention_fp8_values": (torch.int8, torch.float32, False),
+    "integer_attention_blocks": (torch.float32, torch.float32, False),
+    "integer_attention_blocks_static_plain": (torch.float32, torch.float32, True),
+    "integer_attention_float_values_static_plain": (torch.int8, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip", "eva02_split_qkv", "split_qkv_without_rope", "qk_norm"])
+@pytest.mark.parametrize("config", HANDED)
 def test_integer_attention_is_handed_codes(family: str, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = deployed(family, QUANTIZATIONS[config])
+    if family == "split_qkv_without_rope":
+        model = deployed("eva02_split_qkv", QUANTIZATIONS[config], use_rot_pos_emb=False)
+    else:
+        model = deployed(family, QUANTIZATIONS[config])
     with torch.no_grad():
         wanted = model(images())
     fuse_blocks(model)
     pad_tokens(model, 8)
-    handed: list[tuple[torch.dtype, bool]] = []
-    attend = fused.int8_attend
+    handed: list[tuple[Any, ...]] = []
+    attend = Int8Attend.attend_direct
 
-    def watch(q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        handed.append((q.dtype, options["out_scale"] is not None))
-        return attend(q, *rest, **options)
+    def watch(self: Int8Attend, operands: list[Tensor], rows: list[Tensor | None], **options: Any) -> Tensor:
+        q, k, v = operands
+        assert q.dtype == k.dtype
+        handed.append((q.dtype, v.dtype, options["out_scale"] is not None))
+        return attend(self, operands, rows, **options)
 
-    monkeypatch.setattr(fused, "int8_attend", watch)
+    monkeypatch.setattr(Int8Attend, "attend_direct", watch)
     with torch.no_grad():
         found = model(images())
     # Rotations and norms of queries and keys lie between projection and attention: no codes there.
     between = family in ("eva02_split_qkv", "qk_norm")
-    assert handed == ([] if between else [(torch.int8, "static" in config)] * 2)
+    assert handed == ([] if between else [HANDED[config]] * 2)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -496,6 +530,9 @@ def test_compiles_whole() -> None:
         "static_smooth",
         "integer_attention_static",
         "integer_attention_static_plain",
+        "integer_attention_float_values",
+        "integer_attention_float_values_static_plain",
+        "integer_attention_blocks",
         "fp8",
         "fp8_hybrid",
         "fp8_shift",

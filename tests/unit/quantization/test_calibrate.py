@@ -249,6 +249,16 @@ def test_static_attention_is_calibrated() -> None:
     assert done.fits
 
 
+def test_float_values_are_given_no_scale() -> None:
+    config = STATIC.model_copy(update={"attention": "static"})
+    both = [quantized(config.model_copy(update={"attention_values": values})) for values in ("int8", "float")]
+    for model in both:
+        calibrate(model, images(), CalibrationConfig(observer="minmax"))
+    for integer, floating in zip(*(integer_attention(model).values() for model in both), strict=True):
+        assert dict(floating.named_buffers()).keys() == {"q_scale", "k_scale"}
+        assert all(torch.equal(scale, integer.get_buffer(name)) for name, scale in floating.named_buffers())
+
+
 def test_scales_of_attention_by_hand() -> None:
     """The largest magnitude of queries, keys and values in the float model, over 127."""
     model, right = quantized(STATIC.model_copy(update={"attention": "static"})), plain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +18,17 @@ from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.kernels.int8_attention import reference
+from vit_efficient.kernels.int8_attention.reference import Keys, Values
 from vit_efficient.quantization.deploy import deployed_state, load_deployed
 from vit_efficient.quantization.int8 import Int8Config
 from vit_efficient.quantization.int8_attention import (
     Int8Attend,
-    describe_attention,
     integer_attention,
     observe_attention,
     quantize_attention,
 )
 from vit_efficient.quantization.stored import StoredAttention
+from vit_efficient.quantization.stored_attention import describe_attention
 
 SMALL: dict[str, Any] = {"img_size": 40, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 IMAGES = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(1))
@@ -55,12 +57,12 @@ def ranges(model: nn.Module, images: Tensor = IMAGES) -> dict[tuple[str, str], f
     return seen
 
 
-def static(model: nn.Module) -> nn.Module:
+def static(model: nn.Module, values: Values = "int8") -> nn.Module:
     """Calibrated on `IMAGES` by their largest magnitudes."""
     amax = ranges(model)
-    quantize_attention(model, "static")
+    quantize_attention(model, "static", values=values)
     for name, attend in integer_attention(model).items():
-        attend.set_scales(**{operand: amax[name, operand] / 127 for operand in "qkv"})
+        attend.set_scales(**{operand: amax[name, operand] / 127 for operand in attend.operands})
     return model
 
 
@@ -93,17 +95,35 @@ def test_models_of_all_kinds_attend_in_integers(name: str, arguments: dict[str, 
         assert similarity(again(IMAGES), expected) > 0.99
 
 
-@pytest.mark.parametrize("granularity", ["token", "tensor"])
-def test_the_model_computes_the_reference(granularity: Literal["token", "tensor"]) -> None:
+@pytest.mark.parametrize(
+    ("granularity", "values", "keys"),
+    [
+        ("token", "int8", "token"),
+        ("tensor", "int8", "token"),
+        ("tensor", "float", "token"),
+        ("token", "float", "block"),
+        ("token", "fp8", "token"),
+        ("token", "fp8", "block"),
+    ],
+)
+def test_the_model_computes_the_reference(granularity: Literal["token", "tensor"], values: Values, keys: Keys) -> None:
     model = make()
     seen: dict[str, Tensor] = {}
     attention = model.blocks[0].attn
     with torch.no_grad(), observe_attention(model, lambda name, operand, x: seen.setdefault(f"{name}.{operand}", x)):
         model(IMAGES)
-    quantize_attention(model, "dynamic", granularity)
+    quantize_attention(model, "dynamic", granularity, values, keys)
     operands = [seen[f"blocks.0.attn.{operand}"] for operand in "qkv"]
     y = attention.backend.attend(*operands, scale=attention.scale)
-    assert torch.equal(y, reference.int8_attention(*operands, scale=attention.scale, granularity=granularity))
+    forms: dict[str, Any] = {"values": values, "keys": keys}
+    expected = reference.int8_attention(*operands, scale=attention.scale, granularity=granularity, **forms)
+    assert torch.equal(y, expected)
+    if granularity == "token":
+        assert torch.equal(y, reference.attend(*operands, scale=attention.scale, **forms))
+    if (values, keys) != ("int8", "token"):
+        plain = reference.int8_attention(*operands, scale=attention.scale, granularity=granularity)
+        assert not torch.equal(y, plain)
+        assert similarity(y, plain) > 0.998
 
 
 def test_observing_changes_nothing_and_leaves_nothing() -> None:
@@ -137,12 +157,13 @@ def test_observed_ranges_are_those_of_the_operands() -> None:
         assert amax["blocks.0.attn", operand] == float(x.abs().max())
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
-def test_training_and_evaluation_are_the_same_arithmetic(mode: str) -> None:
+@pytest.mark.parametrize("values", ["int8", "float", "fp8"])
+@pytest.mark.parametrize("mode", ["dynamic", "static", "block"])
+def test_training_and_evaluation_are_the_same_arithmetic(mode: str, values: Values) -> None:
     model = make()
-    model = static(model) if mode == "static" else model
-    if mode == "dynamic":
-        quantize_attention(model, "dynamic")
+    model = static(model, values) if mode == "static" else model
+    if mode != "static":
+        quantize_attention(model, "dynamic", values=values, keys="block" if mode == "block" else "token")
     with torch.no_grad():
         expected = model.eval()(IMAGES)
     logits = model.train()(IMAGES)
@@ -174,6 +195,33 @@ def test_scales_that_cannot_be_are_refused(bad: float) -> None:
         Int8Attend("dynamic").set_scales(q=1.0, k=1.0, v=1.0)
 
 
+def test_values_that_are_not_int8_have_no_scale() -> None:
+    attend = Int8Attend("static", values="float")
+    with pytest.raises(ValueError, match="has no scales"):
+        attend.set_scales(q=1.0, k=1.0, v=1.0)
+    attend.set_scales(q=1.0, k=2.0)
+    assert dict(attend.named_buffers()) == {"q_scale": torch.tensor(1.0), "k_scale": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("forms", [{"mode": "static"}, {"granularity": "tensor"}])
+def test_blocks_of_keys_are_for_scales_a_token(forms: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="one scale a block of keys is for dynamic scales a token"):
+        Int8Attend(**forms, keys="block")
+    stored = StoredAttention(**{"mode": "dynamic", **forms}, keys="block")
+    assert "one scale a block of keys does not go with" in str(stored.check({}))
+
+
+def test_files_without_the_forms_are_read() -> None:
+    """Those written before there was a choice."""
+    model = make()
+    quantize_attention(model, "dynamic")
+    tensors, metadata = deployed_state(model)
+    old = {name: {"mode": "dynamic", "granularity": "token"} for name in NAMES}
+    fresh = make()
+    load_deployed(fresh, tensors, metadata | {"attention": json.dumps(old)})
+    assert describe_attention(fresh) == describe_attention(model)
+
+
 def test_scales_stay_float32_under_any_cast() -> None:
     model = static(make())
     before = [attend.scales for attend in integer_attention(model).values()]
@@ -186,13 +234,22 @@ def test_scales_stay_float32_under_any_cast() -> None:
     assert copy.deepcopy(model).to("meta").blocks[0].attn.backend.q_scale.is_meta
 
 
-@pytest.mark.parametrize("form", ["token", "tensor", "static"])
+STORED = {
+    "token": StoredAttention(mode="dynamic"),
+    "tensor": StoredAttention(mode="dynamic", granularity="tensor"),
+    "static": StoredAttention(mode="static"),
+    "static_float": StoredAttention(mode="static", values="float"),
+    "block": StoredAttention(mode="dynamic", values="fp8", keys="block"),
+}
+
+
+@pytest.mark.parametrize("form", STORED)
 def test_a_file_gives_the_same_logits_bit_for_bit(form: str, tmp_path: Path) -> None:
-    model = make()
-    if form == "static":
-        static(model)
+    model, stored = make(), STORED[form]
+    if stored.mode == "static":
+        static(model, stored.values)
     else:
-        quantize_attention(model, "dynamic", form)  # type: ignore[arg-type]
+        quantize_attention(model, "dynamic", stored.granularity, stored.values, stored.keys)
     Int8Config().apply(model, compute_dtype=torch.float32)
     tensors, metadata = deployed_state(model)
     save_file(tensors, tmp_path / "model.safetensors", metadata)
@@ -202,12 +259,7 @@ def test_a_file_gives_the_same_logits_bit_for_bit(form: str, tmp_path: Path) -> 
     load_deployed(fresh, tensors, metadata)
     with torch.no_grad():
         assert torch.equal(fresh.eval()(IMAGES), model(IMAGES))
-    assert describe_attention(fresh) == {
-        name: StoredAttention(
-            mode="static" if form == "static" else "dynamic", granularity="tensor" if form == "tensor" else "token"
-        )
-        for name in NAMES
-    }
+    assert describe_attention(fresh) == dict.fromkeys(NAMES, stored)
 
 
 def test_files_that_do_not_fit_are_refused() -> None:

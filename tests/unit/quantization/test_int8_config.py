@@ -41,6 +41,10 @@ from vit_efficient.recipe.load import load_recipe
         ("calibration={smooth: atuo}", "calibration.smooth", "or auto or null, got 'atuo'"),
         ("calibration={smoth: 0.5}", "calibration.smoth", "smoth"),
         ("attention=float", "attention", "must be one of none, dynamic, static, got 'float'"),
+        ("attention_values=float", "attention_values", "is float, and quantization.attention=none attends in floating"),
+        ("attention_keys=block", "attention_keys", "is block, and quantization.attention=none attends in floating"),
+        ("attention=static attention_keys=block", "attention_keys", "=static has one calibrated scale; leave one out"),
+        ("attention=dynamic attention_values=bf16", "attention_values", "must be one of int8, float, fp8, got 'bf16'"),
     ],
 )
 def test_int8_keys_that_are_wrong(words: str, path: str, text: str) -> None:
@@ -167,6 +171,9 @@ def test_attention() -> None:
     assert not integer_attention(made(Int8Config()))
     for mode in ("dynamic", "static"):
         assert [attend.mode for attend in integer_attention(made(Int8Config(attention=mode))).values()] == [mode]
+    made_so = Int8Config(attention="dynamic", attention_values="fp8", attention_keys="block")
+    (attend,) = integer_attention(made(made_so)).values()
+    assert (attend.mode, attend.granularity, attend.values, attend.keys) == ("dynamic", "token", "fp8", "block")
 
 
 def test_int4_of_integers_is_frozen_and_finalized() -> None:

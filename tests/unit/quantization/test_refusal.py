@@ -19,6 +19,8 @@ A100 = Machine((Gpu("A100", (8, 0), 80 << 30),), packages=PACKAGES)
 MIXED = Machine((*A100.gpus, *V100.gpus), packages=PACKAGES)
 CPU = Machine(packages=PACKAGES)
 BARE = Machine(A100.gpus)
+H100 = Machine((Gpu("H100", (9, 0), 80 << 30),), packages=PACKAGES)
+E4M3_VALUES = Int8Config(attention="dynamic", attention_values="fp8")
 INT8, INT4, NONE, LORA = Int8Config(), Int4Config(), NoneConfig(), NoneConfig(lora=LoraConfig())
 
 
@@ -36,6 +38,7 @@ INT8, INT4, NONE, LORA = Int8Config(), Int4Config(), NoneConfig(), NoneConfig(lo
         (INT4, BARE, "bf16", "cuda", "bitsandbytes", "pip install bitsandbytes"),
         (INT4, Machine(packages={"bitsandbytes": "0.50.2"}), "fp32", "cpu", "peft", "pip install peft"),
         (LORA, BARE, "bf16", "cuda", "peft", "pip install peft"),
+        (E4M3_VALUES, A100, "bf16", "cuda", "sm_80) has no fp8 matrix units", "quantization.attention_values=float"),
     ],
 )
 def test_refusal(config: Any, machine: Machine, precision: str, device: str, reason: str, remedy: str) -> None:
@@ -55,6 +58,8 @@ def test_refusal(config: Any, machine: Machine, precision: str, device: str, rea
         (INT4, A100, "bf16", "cuda"),
         (NONE, Machine(), "fp32", "cpu"),
         (LORA, A100, "bf16", "cuda"),
+        (E4M3_VALUES, CPU, "bf16", "cpu"),
+        (E4M3_VALUES, H100, "bf16", "cuda"),
     ],
 )
 def test_no_refusal(config: Any, machine: Machine, precision: str, device: str) -> None:

@@ -31,14 +31,14 @@ Shapes: B batch, H heads, N queries, M keys, E width of queries and keys, P that
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vit_efficient.kernels import attention_values
 from vit_efficient.kernels.fp8_linear.reference import FORMAT, LARGEST, quantize
-from vit_efficient.kernels.int8_attention.reference import softmax
+from vit_efficient.kernels.int8_attention.reference import dequantize, quantize_values, weighted
 
 Values = Literal["float", "fp8"]
 SEED = 197  # of the signs: any will do, but it is always this one
@@ -74,16 +74,37 @@ def rotate(x_BHNE: Tensor, on: bool = True) -> tuple[Tensor, int]:
     return y_BHNP, y_BHNP.shape[-1]
 
 
-def logits(q_BHNE: Tensor, k_BHME: Tensor, scale: float, *, rotated: bool = True) -> Tensor:
-    """Steps 1 to 3: S (B, H, N, M) float32."""
+class Operands(NamedTuple):
+    """Queries and keys after steps 1 and 2."""
+
+    q: Tensor
+    """e4m3 codes (B, H, N, P)."""
+    q_rows: Tensor
+    """Their scales (B, H, N, 1)."""
+    k: Tensor
+    """e4m3 codes (B, H, M, P)."""
+    k_rows: Tensor
+    """Their scales, those of their blocks, (B, H, M, 1)."""
+    divisor: int
+    """P; without rotation 1."""
+
+
+def operands(q_BHNE: Tensor, k_BHME: Tensor, *, rotated: bool = True) -> Operands:
+    """Steps 1 and 2."""
     (q, divisor), (k, _) = rotate(q_BHNE, rotated), rotate(k_BHME, rotated)
     q_codes, q_scale = quantize(q.flatten(0, -2), by_row=True)
     k_codes, k_scale = attention_values.quantize_blocks(k)
-    q_codes, q_rows = q_codes.view(q.shape), q_scale.view(*q.shape[:-1], 1)
-    k_columns = attention_values.by_token(k_scale, k.shape[-2]).mT
-    with torch.autocast(q.device.type, enabled=False):
-        sum_BHNM = q_codes.to(torch.float32) @ k_codes.to(torch.float32).mT
-    return sum_BHNM * q_rows * k_columns * (scale / divisor)
+    k_rows = attention_values.by_token(k_scale, k.shape[-2])
+    return Operands(q_codes.view(q.shape), q_scale.view(*q.shape[:-1], 1), k_codes, k_rows, divisor)
+
+
+def logits(made: Operands, scale: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Step 3: S (B, H, N, M) float32; `bias` is added, and S is minus infinity where `mask` is False."""
+    with torch.autocast(made.q.device.type, enabled=False):
+        sum_BHNM = made.q.to(torch.float32) @ made.k.to(torch.float32).mT
+    s_BHNM = sum_BHNM * made.q_rows * made.k_rows.mT * (scale / made.divisor)
+    s_BHNM = s_BHNM if bias is None else s_BHNM + bias.to(torch.float32)
+    return s_BHNM if mask is None else s_BHNM.masked_fill(~mask, -torch.inf)
 
 
 def attend(
@@ -94,10 +115,12 @@ def attend(
     scale: float,
     rotated: bool = True,
     values: Values = "float",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     out_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The whole attention; no bias, mask, dropout or gradient.
+    """The whole attention, without dropout and gradient.
 
     Args:
         q_BHNE: queries, floating point.
@@ -106,16 +129,14 @@ def attend(
         scale: factor on the logits.
         rotated: whether queries and keys are rotated before they are quantized.
         values: how values are multiplied: as they are (``float``), or in e4m3 like the attention weights (``fp8``).
+        bias: added to the scaled logits; broadcasts to (B, H, N, M).
+        mask: True where a query may look at a key; broadcasts likewise.
         out_scale: quantize the output to e4m3 with this number, a float32 scalar.
         dtype: of the output otherwise.
 
     Returns:
         (B, H, N, F), in `dtype`; e4m3 codes if `out_scale` is given.
     """
-    s_BHNM = logits(q_BHNE, k_BHME, scale, rotated=rotated)
-    if values == "fp8":
-        y_BHNF = attention_values.weigh(s_BHNM, v_BHMF)
-    else:
-        with torch.autocast(s_BHNM.device.type, enabled=False):
-            y_BHNF = softmax(s_BHNM) @ v_BHMF.to(torch.float32)
+    s_BHNM = logits(operands(q_BHNE, k_BHME, rotated=rotated), scale, bias, mask)
+    y_BHNF = weighted(s_BHNM, dequantize(*quantize_values(v_BHMF, values)), values)
     return y_BHNF.to(dtype) if out_scale is None else (y_BHNF / out_scale).clamp(-LARGEST, LARGEST).to(FORMAT)

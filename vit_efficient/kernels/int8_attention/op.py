@@ -14,21 +14,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.errors import CapabilityError
-from vit_efficient.kernels import capability
+from vit_efficient.kernels import attention_values, capability
+from vit_efficient.kernels.attention_gradient import drop, gradients
 from vit_efficient.kernels.int8_attention import reference
 from vit_efficient.kernels.int8_attention.reference import (
     Granularity,
     Keys,
     Scales,
     Values,
+    dequantize,
     int8_matmul,
     logits,
     quantize,
+    quantize_keys,
     quantize_tensor_scale,
+    quantize_values,
     softmax,
 )
 from vit_efficient.kernels.int8_linear.op import output_dtype
-from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE, dequantize_rows
+from vit_efficient.kernels.int8_linear.reference import LARGEST_CODE
 
 
 @torch.library.custom_op("vit_efficient::int8_attend", mutates_args=())
@@ -134,7 +138,7 @@ class _Int8Attention(torch.autograd.Function):
     """Forward on integers; backward as if float attention had been given the dequantized operands (straight-through).
 
     A value beyond a calibrated range has no gradient. Keeps codes and scales for the backward, which computes the
-    attention weights again.
+    attention weights again, and takes them as they are where the forward rounds them to e4m3.
     """
 
     @staticmethod
@@ -148,20 +152,27 @@ class _Int8Attention(torch.autograd.Function):
         dropped: Tensor | None,
         scale: float,
         granularity: Granularity,
+        values: Values,
+        keys: Keys,
         dtype: torch.dtype,
         *given: Tensor | None,
     ) -> Tensor:
         operands = (q_BHNE, k_BHME, v_BHMF)
-        quantized = [quantize(x, granularity, s) for x, s in zip(operands, given, strict=True)]
-        (q, q_scale), (k, k_scale), (v, v_scale) = quantized
+        q, q_scale = quantize(q_BHNE, granularity, given[0])
+        k, k_scale = quantize_keys(k_BHME, keys, granularity, given[1])
+        v, v_scale = quantize_values(v_BHMF, values, granularity, given[2])
         if q.device.type == "cuda" and bias is None and mask is None and dropped is None:
-            y_BHNF = int8_attend(q, k, v, q_scale, k_scale, v_scale, scale=scale, dtype=dtype)
+            ready = (v, v_scale) if values == "int8" else (v_BHMF, None)
+            y_BHNF = int8_attend(q, k, ready[0], q_scale, k_scale, ready[1], scale=scale, values=values, dtype=dtype)
         else:
-            p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
-            with torch.autocast(p_BHNM.device.type, enabled=False):
-                y_BHNF = _drop(p_BHNM, dropped) @ dequantize_rows(v, v_scale)
+            s_BHNM = logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask)
+            if values == "fp8":
+                y_BHNF = attention_values.weigh_rounded(s_BHNM, dequantize(v, v_scale), dropped)
+            else:
+                with torch.autocast(s_BHNM.device.type, enabled=False):
+                    y_BHNF = drop(softmax(s_BHNM), dropped) @ dequantize(v, v_scale)
         beyond = [None if s is None else _beyond(x, s) for x, s in zip(operands, given, strict=True)]
-        ctx.save_for_backward(*(part for pair in quantized for part in pair), *beyond, bias, mask, dropped)
+        ctx.save_for_backward(q, q_scale, k, k_scale, v, v_scale, *beyond, bias, mask, dropped)
         ctx.scale, ctx.dtypes = scale, [x.dtype for x in operands]
         return y_BHNF.to(dtype)
 
@@ -169,28 +180,19 @@ class _Int8Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         q, q_scale, k, k_scale, v, v_scale, *beyond, bias, mask, dropped = ctx.saved_tensors
         p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, ctx.scale, bias, mask))
-        with torch.autocast(grad.device.type, enabled=False):
-            g_BHNF = grad.to(torch.float32)
-            grad_v = _drop(p_BHNM, dropped).mT @ g_BHNF
-            grad_p = _drop(g_BHNF @ dequantize_rows(v, v_scale).mT, dropped)
-            grad_s = p_BHNM * (grad_p - (grad_p * p_BHNM).sum(dim=-1, keepdim=True))
-            grad_q = grad_s @ dequantize_rows(k, k_scale) * ctx.scale
-            grad_k = grad_s.mT @ dequantize_rows(q, q_scale) * ctx.scale
+        values = dequantize(q, q_scale), dequantize(k, k_scale), dequantize(v, v_scale)
+        grad_q, grad_k, grad_v, grad_s = gradients(grad, p_BHNM, *values, ctx.scale, dropped)
         grads = [
             (one if out is None else one.masked_fill(out, 0)).to(dtype)
             for one, out, dtype in zip((grad_q, grad_k, grad_v), beyond, ctx.dtypes, strict=True)
         ]
         grad_bias = grad_s.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        return (*grads, grad_bias, *(None,) * 8)
+        return (*grads, grad_bias, *(None,) * 10)
 
 
 def _beyond(x: Tensor, scale: Tensor) -> Tensor:
     """Where a calibrated scale makes a value saturate."""
     return x.to(torch.float32).abs() / scale > LARGEST_CODE
-
-
-def _drop(p_BHNM: Tensor, factor_BHNM: Tensor | None) -> Tensor:
-    return p_BHNM if factor_BHNM is None else p_BHNM * factor_BHNM
 
 
 def int8_attention(
@@ -204,6 +206,8 @@ def int8_attention(
     dropout: float = 0.0,
     granularity: Granularity = "token",
     scales: Scales | None = None,
+    values: Values = "int8",
+    keys: Keys = "token",
 ) -> Tensor:
     """`reference.int8_attention`, differentiable in queries, keys, values and bias.
 
@@ -218,7 +222,10 @@ def int8_attention(
         scale: factor on the logits.
         dropout: probability of dropping an attention weight; the others grow by 1 / (1 - dropout).
         granularity: of scales that are chosen in each forward: one a token and head, or one a tensor.
-        scales: calibrated ones of queries, keys and values, each one positive float32, in place of those.
+        scales: calibrated ones of queries, keys and values, each one positive float32, in place of those; None of
+            values that are not int8.
+        values: how values are multiplied, as of `int8_attend`.
+        keys: what shares a scale among keys whose scales are chosen in each forward, as of `int8_attend`.
 
     Returns:
         (B, H, N, F), in autocast's dtype if autocast is on, else in that of the values.
@@ -230,23 +237,24 @@ def int8_attention(
             if not torch.compiler.is_compiling():
                 say_slow(f"the kernel has no {asked.removeprefix('a ')}, and this attention has {asked}.")
         elif not (torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHNE, k_BHME, v_BHMF))):
-            given = _scales(q_BHNE, k_BHME, v_BHMF, granularity, scales)
-            return int8_attend(q_BHNE, k_BHME, v_BHMF, *given, scale=scale, dtype=dtype)
+            given = _scales(q_BHNE, k_BHME, v_BHMF, granularity, scales, values)
+            return int8_attend(q_BHNE, k_BHME, v_BHMF, *given, scale=scale, values=values, keys=keys, dtype=dtype)
     dropped = None
     if dropout > 0:
         shape = (*q_BHNE.shape[:-1], k_BHME.shape[-2])
         dropped = F.dropout(torch.ones(shape, device=q_BHNE.device), dropout)
     given = (None, None, None) if scales is None else scales
-    return _Int8Attention.apply(q_BHNE, k_BHME, v_BHMF, bias, mask, dropped, scale, granularity, dtype, *given)
+    forms = (scale, granularity, values, keys, dtype)
+    return _Int8Attention.apply(q_BHNE, k_BHME, v_BHMF, bias, mask, dropped, *forms, *given)
 
 
 def _scales(
-    q_BHNE: Tensor, k_BHME: Tensor, v_BHMF: Tensor, granularity: Granularity, scales: Scales | None
+    q_BHNE: Tensor, k_BHME: Tensor, v_BHMF: Tensor, granularity: Granularity, scales: Scales | None, values: Values
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `int8_attend` is to be given; scales of whole tensors are chosen here."""
     if scales is not None:
         return scales
     if granularity == "token":
         return None, None, None
-    q, k, v = (quantize_tensor_scale(x) for x in (q_BHNE, k_BHME, v_BHMF))
-    return q, k, v
+    q, k = quantize_tensor_scale(q_BHNE), quantize_tensor_scale(k_BHME)
+    return q, k, quantize_tensor_scale(v_BHMF) if values == "int8" else None

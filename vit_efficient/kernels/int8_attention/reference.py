@@ -7,7 +7,8 @@ point. One departure, as in `int8_linear`: scales are ``amax / 127`` and codes s
 The one order of operations; every step is rounded to float32:
 
 1. ``q, k, v`` to float32, then to codes and scales: one scale a token and head (`quantize_rows`), one a tensor
-   (`quantize_tensor`), or a calibrated one (`quantize_given`, which saturates).
+   (`quantize_tensor`), or a calibrated one (`quantize_given`, which saturates). Keys may have one a head and block of
+   128 tokens instead (`Keys`).
 2. ``sum = q_codes @ k_codes^T``: exact, int32.
 3. ``S = ((float32(sum) * s_q) * s_k) * scale`` (equation 15; `scale` is 1 / sqrt(E)), then ``S + bias``, then minus
    infinity where `mask` is False.
@@ -46,7 +47,7 @@ from vit_efficient.kernels.int8_linear.reference import (
 )
 
 Granularity = Literal["token", "tensor"]
-Scales = tuple[Tensor, Tensor, Tensor]
+Scales = tuple[Tensor, Tensor, Tensor | None]
 Values = Literal["int8", "float", "fp8"]
 Keys = Literal["token", "block"]
 
@@ -71,6 +72,33 @@ def quantize_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     codes, scale = quantize_rows(x.reshape(1, -1))
     return codes.view(x.shape), scale.expand(*x.shape[:-1], 1)
+
+
+def quantize_keys(
+    k_BHME: Tensor, keys: Keys = "token", granularity: Granularity = "token", scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize`, or with one scale a head and block of 128 tokens (`attention_values.quantize_blocks`)."""
+    if keys == "token" or scale is not None:
+        return quantize(k_BHME, granularity, scale)
+    codes, blocks = attention_values.quantize_blocks(k_BHME, integer=True)
+    return codes, attention_values.by_token(blocks, codes.shape[-2])
+
+
+def quantize_values(
+    v_BHMF: Tensor, values: Values = "int8", granularity: Granularity = "token", scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Codes (..., M, F) and scales (..., M, 1) of values as step 5 wants them; ``float``: themselves, and None."""
+    if values == "int8":
+        return quantize(v_BHMF, granularity, scale)
+    if values == "float":
+        return v_BHMF, None
+    codes, blocks = attention_values.quantize_blocks(v_BHMF)
+    return codes, attention_values.by_token(blocks, codes.shape[-2])
+
+
+def dequantize(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """What `quantize_values` gave, as float32."""
+    return codes.to(torch.float32) if scale is None else dequantize_rows(codes, scale)
 
 
 def quantize_tensor_scale(x: Tensor) -> Tensor:
@@ -137,6 +165,8 @@ def int8_attention(
     scale: float,
     granularity: Granularity = "token",
     scales: Scales | None = None,
+    values: Values = "int8",
+    keys: Keys = "token",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The whole attention, without gradient and dropout.
@@ -149,19 +179,27 @@ def int8_attention(
         mask: True where a query may look at a key; broadcasts likewise.
         scale: factor on the logits.
         granularity: of scales that are chosen here.
-        scales: calibrated ones of queries, keys and values, each one positive float32.
+        scales: calibrated ones of queries, keys and values, each one positive float32; of values where those are int8.
+        values: how values are multiplied.
+        keys: what shares a scale among keys whose scales are chosen here.
         dtype: of the output.
 
     Returns:
         (B, H, N, F).
     """
     given = (None, None, None) if scales is None else scales
-    (q, q_scale), (k, k_scale), (v, v_scale) = (
-        quantize(x, granularity, s) for x, s in zip((q_BHNE, k_BHME, v_BHMF), given, strict=True)
-    )
-    p_BHNM = softmax(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask))
-    with torch.autocast(p_BHNM.device.type, enabled=False):
-        return (p_BHNM @ dequantize_rows(v, v_scale)).to(dtype)
+    q, q_scale = quantize(q_BHNE, granularity, given[0])
+    k, k_scale = quantize_keys(k_BHME, keys, granularity, given[1])
+    v_BHMF = dequantize(*quantize_values(v_BHMF, values, granularity, given[2]))
+    return weighted(logits(int8_matmul(q, k), q_scale, k_scale, scale, bias, mask), v_BHMF, values).to(dtype)
+
+
+def weighted(s_BHNM: Tensor, v_BHMF: Tensor, values: Values) -> Tensor:
+    """Steps 4 and 5: (B, H, N, F) float32 from values that are dequantized."""
+    if values == "fp8":
+        return attention_values.weigh_rounded(s_BHNM, v_BHMF)
+    with torch.autocast(s_BHNM.device.type, enabled=False):
+        return softmax(s_BHNM) @ v_BHMF
 
 
 def operand(x_BHNE: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -213,16 +251,8 @@ def attend(
         (B, H, N, F), in `dtype`; int8 codes if `out_scale` is given.
     """
     q, q_rows = operand(q_BHNE, q_scale)
-    if keys == "block" and k_scale is None:
-        k, blocks = attention_values.quantize_blocks(k_BHME, integer=True)
-        k_rows = attention_values.by_token(blocks, k.shape[-2])
-    else:
-        k, k_rows = operand(k_BHME, k_scale)
+    k, k_rows = operand(k_BHME, k_scale) if k_BHME.dtype == torch.int8 else quantize_keys(k_BHME, keys, scale=k_scale)
     s_BHNM = logits(int8_matmul(q, k), q_rows, k_rows, scale)
-    if values == "fp8":
-        y_BHNF = attention_values.weigh(s_BHNM, v_BHMF)
-    else:
-        v_BHMF = v_BHMF.to(torch.float32) if values == "float" else dequantize_rows(*operand(v_BHMF, v_scale))
-        with torch.autocast(s_BHNM.device.type, enabled=False):
-            y_BHNF = softmax(s_BHNM) @ v_BHMF
+    v = operand(v_BHMF, v_scale) if values == "int8" else quantize_values(v_BHMF, values)
+    y_BHNF = weighted(s_BHNM, dequantize(*v), values)
     return y_BHNF.to(dtype) if out_scale is None else quantize_given(y_BHNF, out_scale)[0]

@@ -5,7 +5,7 @@ Triton kernel does it, elsewhere plain PyTorch. int8 results equal the definitio
 whose erf is a library's; fp8 sums are compared within rounding. No gradients.
 
 Shapes: M rows (all leading dimensions flattened; tokens), K inputs, N outputs, B batch, T tokens an image, H heads, E
-head width, P parts (3 of a fused qkv, 1 of a split one).
+head width, P parts (3 of a fused qkv or 2 of it, 1 of a split one).
 
 Arguments that all share:
     q: codes of tokens (..., K), int8 or float8_e4m3fn.
