@@ -158,7 +158,12 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     words.add_argument("--op", nargs="+", choices=OPS, default=["int8_linear"], help="operators (default int8_linear)")
-    words.add_argument("--forms", nargs="+", choices=dict.fromkeys(FORMS + INT4_FORMS), help="what follows the product (default: as in a block)")
+    words.add_argument(
+        "--forms",
+        nargs="+",
+        choices=dict.fromkeys(FORMS + INT4_FORMS),
+        help="what follows the product (default: as in a block)",
+    )
     words.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", help="with --forms: rows, inputs, outputs")
     words.add_argument("--batch", nargs="+", type=int, default=[256], help="images (default 256)")
     words.add_argument("--tokens", type=int, default=197, help="of an image (default 197)")
