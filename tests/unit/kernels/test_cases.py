@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vit_efficient.engine.contenders import Entry, build_contender, load_entry
+from vit_efficient.engine.contenders import build_contender, load_entry
+from vit_efficient.engine.entries import Entry
 from vit_efficient.errors import UserError
 from vit_efficient.kernels import tune
 from vit_efficient.kernels.cases import FORMS, OPS, block_layers, forms_of, linear_case, tile_name
