@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from vit_efficient.cli import Parser, base_parser, run_command
 from vit_efficient.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_efficient.engine.contenders import Entry
+    from vit_efficient.engine.entries import Entry
     from vit_efficient.machine import Machine
+    from vit_efficient.measure.models import Row
     from vit_efficient.recipe.schema import Recipe
 
 HOWS = ("eager", "compiled", "graph", "compiled-graph")
@@ -78,6 +80,12 @@ def model_parser() -> Parser:
         metavar="H,H",
         help=f"{', '.join(HOWS)} (default: compiled with strategy.compile, or eager)",
     )
+    words.add_argument(
+        "--compile-mode",
+        metavar="M",
+        help="of torch.compile, for all that are compiled: default, reduce-overhead, max-autotune or "
+        "max-autotune-no-cudagraphs (compiled-graph takes the latter of the two)",
+    )
     words.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of each (default 5)")
     words.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of a turn, about (default 0.5)")
     words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
@@ -131,17 +139,19 @@ def benchmark_models(options: argparse.Namespace, console: Console) -> None:
     """Run the model benchmark."""
     from dataclasses import replace
 
-    from vit_efficient.engine.contenders import PEERS, Entry, build_contender, load_entry
+    from vit_efficient.attention.choice import choices
+    from vit_efficient.engine.contenders import build_contenders, load_entry
+    from vit_efficient.engine.entries import PEERS, Entry, check_mode, peer
     from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.trainer import quiet
     from vit_efficient.machine import detect
     from vit_efficient.measure.model_table import print_models
-    from vit_efficient.measure.models import measure_models
+    from vit_efficient.measure.models import Contender, measure_models
     from vit_efficient.measure.record import environment
 
     quiet()
     _seconds(options.seconds)
-    against = [_peer(PEERS, options.against, train=options.train)] if options.against else []
+    against = [peer(options.against, train=options.train)] if options.against else []
     if options.train and (options.how or options.checkpoint or options.peers):
         raise UserError("--train times recipes as they train: leave out --how, --checkpoint and --peers.")
     entries = [Entry(word.split()[0], tuple(word.split()[1:])) for word in options.recipe or [] if word.strip()]
@@ -161,43 +171,49 @@ def benchmark_models(options: argparse.Namespace, console: Console) -> None:
     on_gpu = asked[0][1].strategy.accelerator == "gpu"
     if not on_gpu and any(entry.how.endswith("graph") for entry, _ in asked):
         raise UserError("--how graph is for CUDA devices, and this runs on a CPU. Take eager or compiled.")
+    if options.compile_mode is not None:
+        mode = check_mode(options.compile_mode, [entry for entry, _ in asked])
+        asked = [(replace(entry, mode=mode), recipe) for entry, recipe in asked]
 
     def tell(text: str) -> None:
-        console.print(f"[dim]{text}[/]", soft_wrap=True)
+        console.print(Text(text, "dim"), soft_wrap=True)
 
-    contenders = [build_contender(entry, recipe, tell) for entry, recipe in asked]
+    contenders = build_contenders(asked, tell)
     import torch
 
     device = torch.device("cuda" if on_gpu else "cpu")
-    rows = measure_models(
-        contenders, options.batch, device, rounds=options.rounds, seconds=options.seconds, progress=tell
-    )
     recipe = asked[0][1]
     where = machine.gpus[0].name if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    print_models(console, rows, f"{recipe.model.name}, {'training' if options.train else 'inference'}, {where}")
-    if options.output is not None:
+    conditions = environment(machine)
+
+    def keep(rows: Sequence[Row]) -> None:
+        """After each batch size, so that a run that is cut short leaves what it measured."""
+        if options.output is None:
+            return
         figures = {
             "model": recipe.model.name,
-            "size": contenders[0].size,
+            "size": next((one.size for one in contenders if isinstance(one, Contender)), None),
             "training": options.train,
             "rounds": options.rounds,
             "rows": [row.plain() for row in rows],
-            "environment": environment(machine),
+            "attention_kernels": choices(),
+            "environment": conditions,
         }
         write_json(options.output, figures)
 
+    rows = measure_models(
+        contenders, options.batch, device, rounds=options.rounds, seconds=options.seconds, progress=tell, keep=keep
+    )
+    print_models(console, rows, f"{recipe.model.name}, {'training' if options.train else 'inference'}, {where}")
+    _all_ran(rows)
 
-def _peer(peers: Sequence[Entry], name: str, *, train: bool) -> Entry:
-    """A peer by its name, as it is trained if that is asked."""
-    from dataclasses import replace
 
-    found = next((entry for entry in peers if entry.name == name), None)
-    if found is None:
-        raise UserError(f"--against {name}: no peer has this name. There are: {', '.join(p.title for p in peers)}.")
-    if not train:
-        return found
-    compiled = ("strategy.compile=true",) if found.how.startswith("compiled") else ()
-    return replace(found, words=(*found.words, *compiled), how="training")
+def _all_ran(rows: Sequence[Row]) -> None:
+    """Say at the end who did not run, by the exit code too."""
+    failed = [row for row in rows if row.failed is not None]
+    if failed:
+        lines = "\n".join(f"  {row.name} ({row.how}), batch {row.batch}: {row.failed}" for row in failed)
+        raise UserError(f"{len(failed)} of {len(rows)} could not be measured. The other figures stand.\n{lines}")
 
 
 def _peers(

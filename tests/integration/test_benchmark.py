@@ -53,6 +53,21 @@ def test_models_in_one_table(command: Command, small: Sequence[str], tmp_path: P
     assert [row["name"] for row in figures["rows"]] == ["int8_sdpa attention.kernel=math", "fp32_sdpa"] * 2
     assert all(row["images_per_second"] > 0 and row["calls"] >= 6 for row in figures["rows"])
     assert figures["environment"]["packages"]["torch"]
+    assert figures["attention_kernels"] == {}, "on a CPU PyTorch chooses"
+
+
+def test_one_that_fails_leaves_the_others_and_an_exit_code(
+    command: Command, small: Sequence[str], tmp_path: Path
+) -> None:
+    mine = ("--recipe", "int4_sdpa quantization.lora=null", "--recipe", "fp32_sdpa", small[0], "--train")
+    timed = ("--batch", "2", "--rounds", "1", "--seconds", "0.05", "--output", "figures.json")
+    printed = " ".join(command("benchmark", *mine, *timed, "strategy.accelerator=cpu", code=2).split())
+    assert "1 of 2 could not be measured. The other figures stand." in printed
+    assert printed.count("leaves nothing to train") >= 2, "where it happened, and at the end"
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert rows[0]["failed"].startswith("UserError: int4_sdpa quantization.lora=null leaves nothing to train")
+    assert rows[1]["failed"] is None
+    assert rows[1]["speedup"] == 1
 
 
 @pytest.mark.parametrize(
@@ -66,6 +81,8 @@ def test_models_in_one_table(command: Command, small: Sequence[str], tmp_path: P
         (("--recipe", "fp32_sdpa", "--how", "eager,fast"), "'fast' is none of eager, compiled"),
         (("--recipe", "fp32_sdpa", "--how", "graph", "strategy.accelerator=cpu"), "graph is for CUDA devices"),
         (("--recipe", "fp32_sdpa", "--train", "--peers"), "leave out --how, --checkpoint and --peers"),
+        (("--recipe", "fp32_sdpa", "--compile-mode", "max-autotune"), "none of these is. Add `--how compiled`"),
+        (("--recipe", "fp32_sdpa", "--how", "compiled", "--compile-mode", "best"), "torch.compile has default"),
         (("--recipe", "fp33_sdpa"), "did you mean 'fp32_sdpa'"),
     ],
 )

@@ -6,8 +6,9 @@ that can do a call is timed on noise of that call's shape, forward or forward an
 from then on, by every process that shares the cache: one measures, the others wait for its file and read. So the ranks
 of a run on one machine, and runs after it, choose alike.
 
-The key holds the GPU, the versions of torch and cuDNN, and what a kernel can depend on. Batches are rounded up to a
-power of two, so that a last, short batch is not another kind of call.
+The key holds the GPU, the versions of torch and cuDNN, and what a kernel can depend on; self-attention is measured on
+views of one projection. Batches are rounded up to a power of two, so that a last, short batch is not another kind of
+call.
 
 Shapes: B batch, H heads, N queries, M keys, E width of queries and keys, F width of values.
 """
@@ -43,7 +44,7 @@ KERNELS: dict[str, SDPBackend] = {
     "math": SDPBackend.MATH,
 }
 FUSED = ("flash", "cudnn", "efficient")
-FOLDER = "attention-v2"
+FOLDER = "attention-v3"
 LARGEST_BATCH = 64  # beyond it every kernel fills the GPU
 WARM_UP, RUNS = 3, 10
 AHEAD = 2_000_000  # clock ticks, about a millisecond
@@ -183,7 +184,7 @@ def _write(file: Path, content: dict[str, Times]) -> None:
 
 def measure(call: Call, device: torch.device) -> Times:
     """Median milliseconds of each fused kernel that can do a call, on noise, by CUDA events."""
-    operands = _operands(call, device)
+    tensors = operands(call, device)
     found: Times = {}
     for name in FUSED:
         times: list[float] = []
@@ -194,7 +195,7 @@ def measure(call: Call, device: torch.device) -> Times:
                     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     torch.cuda._sleep(AHEAD)  # while the host prepares the launches, whose time shall not count
                     start.record(torch.cuda.current_stream(device))
-                    _attend(call, *operands)
+                    _attend(call, *tensors)
                     end.record(torch.cuda.current_stream(device))
                     end.synchronize()
                     if run >= WARM_UP:
@@ -207,19 +208,26 @@ def measure(call: Call, device: torch.device) -> Times:
     return found
 
 
-def _operands(call: Call, device: torch.device) -> tuple[Tensor, ...]:
-    """q, k and v as views of one projection where they can be, and the mask if there is one."""
+def operands(call: Call, device: torch.device) -> tuple[Tensor, ...]:
+    """q, k and v, noise, and the mask if there is one.
+
+    Self-attention gets them as models have them: views (B, H, N, E) of one projection (B, N, 3, H, E), since kernels
+    differ in how well they read with strides. Other calls get one projection (B, N, H, E) for each.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, call.dtype)
 
-    def noise(tokens: int, width: int) -> Tensor:
-        shape = (call.batch, tokens, call.heads, width)
+    def noise(*shape: int) -> Tensor:
         made = torch.randn(shape, generator=generator, device=device).to(dtype)
-        return made.transpose(1, 2).requires_grad_(call.training)
+        return made.requires_grad_(call.training)
 
     with torch.inference_mode(False), torch.enable_grad():
-        q, k = noise(call.queries, call.width), noise(call.keys, call.width)
-        v = noise(call.keys, call.value_width)
+        if (call.queries, call.width) == (call.keys, call.value_width):
+            packed = noise(call.batch, call.queries, 3, call.heads, call.width)
+            q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            shapes = ((call.queries, call.width), (call.keys, call.width), (call.keys, call.value_width))
+            q, k, v = (noise(call.batch, n, call.heads, e).transpose(1, 2) for n, e in shapes)
         if not call.mask:
             return q, k, v
         mask = torch.ones((call.queries, call.keys), dtype=getattr(torch, call.mask), device=device)

@@ -138,7 +138,7 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout:
     autocast = torch.is_autocast_enabled("cuda") and q.dtype == torch.float32
     dtype = torch.get_autocast_dtype("cuda") if autocast else q.dtype
     fields = (
-        LARGEST_BATCH if compiling else q.shape[0],  # a compiled program may serve any batch
+        batch_of(q) if compiling else q.shape[0],
         q.shape[1],
         q.shape[2],
         k.shape[2],
@@ -151,6 +151,13 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout:
     )
     index = q.device.index
     return choose_constant(index, *fields) if compiling else choose(Call(*fields), torch.device("cuda", index))
+
+
+def batch_of(q: Tensor) -> int:
+    """The batch that a compiler traces for: the one that the program is for, or the largest where it serves any."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy; a compiler has done so
+
+    return q.shape[0] if has_static_value(q.shape[0]) else LARGEST_BATCH
 
 
 def merge(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 
 from vit_efficient.engine.calibration import needs_calibration
 from vit_efficient.engine.deployed import load_file
+from vit_efficient.engine.entries import Entry
 from vit_efficient.engine.subject import find, from_checkpoint
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine
 from vit_efficient.measure.memory import weight_bytes
-from vit_efficient.measure.models import Contender, Step
+from vit_efficient.measure.models import Absent, Contender, Step, collect
+from vit_efficient.measure.trouble import EXPECTED, said, works
 from vit_efficient.model.backbone import create_backbone
 from vit_efficient.model.build import DTYPES, build_model
 from vit_efficient.model.fused import fuse_blocks
@@ -32,73 +33,9 @@ from vit_efficient.recipe.compat import check, resolve
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
 
-How = Literal["eager", "compiled", "graph", "compiled-graph", "training"]
 CLASSES = 1000  # of the head, where neither the recipe nor a file says otherwise
 FUSED = ("int8", "fp8")  # whose blocks have a fused form
 IRRELEVANT = ("data.", "strategy.micro_batch")  # keys whose mistakes do not matter where no data is read
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the command line names: a recipe with overrides of its own, or a model file, and how it shall run.
-
-    Args:
-        source: name or path of a recipe, or a run, model file or checkpoint.
-        words: overrides.
-        how: the way it runs.
-        file: whether `source` is a run, model file or checkpoint.
-        name: what to call it; unset: the recipe and its own overrides.
-        tf32: whether float32 products may round their operands to TF32.
-        stock: timm's model as it is, with nothing of ours in it: of the recipe, only model and precision count.
-    """
-
-    source: str
-    words: tuple[str, ...] = ()
-    how: How = "eager"
-    file: bool = False
-    name: str | None = None
-    tf32: bool = False
-    stock: bool = False
-
-    @property
-    def title(self) -> str:
-        return self.name or " ".join((Path(self.source).name if self.file else self.source, *self.words))
-
-
-# What a user could take instead: timm's models as they are, and what others quantize, as recipes of ours (so with our
-# choice of attention kernel). `--peers` puts them beside the others, `--against` one of them before the others.
-PEERS = (
-    Entry("fp32_sdpa", name="fp32", stock=True),
-    Entry("fp32_sdpa", name="TF32 + compile", how="compiled", tf32=True, stock=True),
-    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16", stock=True),
-    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + graph", how="graph", stock=True),
-    Entry("fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + compile", how="compiled", stock=True),
-    Entry(
-        "fp32_sdpa", ("quantization.precision=bf16",), name="bf16 + compile + graph", how="compiled-graph", stock=True
-    ),
-    Entry("fp32_sdpa", ("quantization.precision=fp16",), name="fp16 + compile", how="compiled", stock=True),
-    Entry(
-        "fp32_sdpa",
-        (
-            "quantization=torchao",
-            "quantization.scheme=int8_dynamic_activation_int8_weight",
-            "quantization.precision=bf16",
-        ),
-        name="torchao int8 dynamic + compile",
-        how="compiled",
-    ),
-    Entry(
-        "fp32_sdpa",
-        (
-            "quantization=torchao", "quantization.scheme=float8_dynamic_activation_float8_weight",
-            "quantization.precision=bf16",
-        ),
-        name="torchao fp8 dynamic + compile",
-        how="compiled",
-    ),
-    Entry("fp32_sdpa", ("quantization=bnb_int8", "quantization.precision=fp16"), name="bitsandbytes LLM.int8"),
-    Entry("int4_sdpa", ("quantization.lora=null", "quantization.precision=bf16"), name="bitsandbytes nf4"),
-)  # fmt: skip
 
 
 def load_entry(entry: Entry, words: Sequence[str], machine: Machine) -> Recipe:
@@ -138,7 +75,7 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
         recipe: resolved, of `load_entry`.
         tell: what a person should know.
     """
-    device = torch.device("cuda" if recipe.strategy.accelerator == "gpu" else "cpu")
+    device = _device(recipe)
     dtype = DTYPES[recipe.quantization.precision]
     if entry.how == "training":
         return _trained(entry, recipe, device, tell)
@@ -162,7 +99,33 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
     held = weight_bytes(model)
     run = _inference(model, entry)
     words = [entry.source, *entry.words]
-    return Contender(entry.title, entry.how, dtype, size, held, run, words)
+    return Contender(entry.title, entry.how, dtype, size, held, run, words, compile_mode=entry.compile_mode)
+
+
+def build_contenders(asked: Sequence[tuple[Entry, Recipe]], tell: Callable[[str], None]) -> list[Contender | Absent]:
+    """Build one after the other; what cannot be built is told, and stands as `Absent` among the others.
+
+    Raises:
+        RuntimeError: an error after which the device does nothing any more.
+    """
+    built: list[Contender | Absent] = []
+    for entry, recipe in asked:
+        device = _device(recipe)
+        try:
+            built.append(build_contender(entry, recipe, tell))
+        except EXPECTED as error:
+            if not works(device):
+                raise
+            failed, dtype = said(error), str(DTYPES[recipe.quantization.precision]).removeprefix("torch.")
+            words = (entry.source, *entry.words)
+            built.append(Absent(entry.title, entry.how, dtype, failed, words, entry.compile_mode))
+            tell(f"{entry.title}: could not be built: {failed}")
+            collect(device)
+    return built
+
+
+def _device(recipe: Recipe) -> torch.device:
+    return torch.device("cuda" if recipe.strategy.accelerator == "gpu" else "cpu")
 
 
 def _built(recipe: Recipe, device: torch.device, tell: Callable[[str], None], entry: Entry) -> Any:
@@ -187,7 +150,9 @@ def _built(recipe: Recipe, device: torch.device, tell: Callable[[str], None], en
 
 
 def _inference(model: nn.Module, entry: Entry) -> Callable[[Tensor], Step]:
-    compiled: Any = torch.compile(model, dynamic=False) if entry.how.startswith("compiled") else model
+    compiled: Any = model
+    if entry.how.startswith("compiled"):
+        compiled = torch.compile(model, dynamic=False, mode=entry.compile_mode)
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:
@@ -221,7 +186,7 @@ def _captured(forward: Step, images: Tensor) -> Step:
             forward(images)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back to it, if a capture fails
         output = forward(images)
 
     def replay(_: Tensor) -> object:

@@ -1,18 +1,43 @@
-"""Random operands for each form of a linear layer on codes, to time it with. Shapes as in `kernels.linear.op`."""
+"""Random operands for each form of a linear layer, to time it with, and which forms models call at which shapes.
+
+Shapes as in `kernels.linear.op` and `kernels.int4_linear.op`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vit_efficient.kernels.formats import FORMATS
+from vit_efficient.kernels.int4_linear.op import int4_linear
+from vit_efficient.kernels.int4_linear.reference import Activations
 from vit_efficient.kernels.linear import op
 from vit_efficient.kernels.tuning import Shape
 
-OPS = ("int8_linear", "fp8_linear", "fp8_linear_fast")
+OPS = ("int8_linear", "fp8_linear", "fp8_linear_fast", "int4_linear")
 FORMS = ("plain", "gelu", "gelu_quant", "quant", "residual", "heads", "heads_quant")
+INT4_FORMS = ("plain", "token")  # bfloat16 activations; int8 ones, quantized in the call
+INT4_GROUP = 64  # inputs that share a scale and a zero point, as in the recipe int4_group_sdpa
+
+
+def forms_of(operator: str) -> tuple[str, ...]:
+    """The forms that an operator has."""
+    return INT4_FORMS if operator == "int4_linear" else FORMS
+
+
+def tile_name(operator: str, form: str) -> str:
+    """What tiles of a form are looked up under; all forms of `int4_linear` share theirs."""
+    return operator if operator == "int4_linear" else f"{operator}.{form}"
+
+
+class Layer(NamedTuple):
+    """A linear layer of a block."""
+
+    forms: tuple[str, ...]
+    shape: Shape
 
 
 def codes(rows: int, columns: int, form: str, device: torch.device) -> Tensor:
@@ -23,14 +48,23 @@ def codes(rows: int, columns: int, form: str, device: torch.device) -> Tensor:
     return (x.round() if chosen.is_integer else x).to(chosen.dtype)
 
 
-def block_layers(batch: int, tokens: int, width: int, hidden: int) -> dict[str, tuple[str, Shape]]:
-    """The four linear layers of a transformer block: their form in the fused block, and their shape."""
+def block_layers(operator: str, batch: int, tokens: int, width: int, hidden: int) -> dict[str, Layer]:
+    """The four linear layers of a transformer block: the forms that deployed models call them in, and their shapes.
+
+    A fused block (`model.fused`) calls qkv plain, or with codes laid out for integer attention; fc1 with GELU where
+    scales are dynamic, with GELU and codes where fc2 has a given one (static, hybrid).
+    """
     rows = batch * tokens
+    int4 = operator == "int4_linear"
+
+    def layer(inputs: int, outputs: int, *forms: str) -> Layer:
+        return Layer(("plain",) if int4 else forms, Shape(rows, inputs, outputs))
+
     return {
-        "qkv": ("heads", Shape(rows, width, 3 * width)),
-        "proj": ("residual", Shape(rows, width, width)),
-        "fc1": ("gelu_quant", Shape(rows, width, hidden)),
-        "fc2": ("residual", Shape(rows, hidden, width)),
+        "qkv": layer(width, 3 * width, "plain", "heads_quant"),
+        "proj": layer(width, width, "residual"),
+        "fc1": layer(width, hidden, "gelu", "gelu_quant"),
+        "fc2": layer(hidden, width, "residual"),
     }
 
 
@@ -48,7 +82,7 @@ def linear_case(
 
     Args:
         operator: one of `OPS`.
-        form: one of `FORMS`.
+        form: one of `forms_of` it.
         shape: of the product.
         device: where.
         tokens: rows of an image, where the form lays out heads; None: all rows.
@@ -56,6 +90,10 @@ def linear_case(
         smoothed: whether codes of the output are made after a shift and a smoothing of each column, where codes are
             made under a given scale.
     """
+    if form not in forms_of(operator):
+        raise ValueError(f"{operator} has no form {form!r}; it has {', '.join(forms_of(operator))}")
+    if operator == "int4_linear":
+        return _int4_case(form, shape, device)
     kind = operator.partition("_")[0]
     accumulation: op.Accumulation = "fast" if operator.endswith("_fast") else "full"
     q = codes(shape.rows, shape.inputs, kind, device)
@@ -85,6 +123,17 @@ def linear_case(
     heads = shape.outputs // (3 * head_width)
     if form == "heads":
         return lambda: op.linear_heads(*by_image, heads, dtype=bf16, accumulation=accumulation)
-    if form == "heads_quant":
-        return lambda: op.linear_heads_quant(*by_image, heads, form=kind, accumulation=accumulation)
-    raise ValueError(f"no form of a linear layer is called {form!r}; there are {', '.join(FORMS)}")
+    return lambda: op.linear_heads_quant(*by_image, heads, accumulation=accumulation)  # int8, whatever is multiplied
+
+
+def _int4_case(form: str, shape: Shape, device: torch.device) -> Callable[[], object]:
+    bf16, groups = torch.bfloat16, -(-shape.inputs // INT4_GROUP)
+    x = torch.randn(shape.rows, shape.inputs, device=device, dtype=bf16)
+    packed = torch.randint(256, (shape.outputs, -(-shape.inputs // 2)), device=device, dtype=torch.uint8)
+    scale = (torch.rand(shape.outputs, groups, device=device) / 100).to(bf16)
+    zero = torch.randint(16, (shape.outputs, groups), device=device, dtype=torch.uint8)
+    bias = torch.randn(shape.outputs, device=device, dtype=bf16)
+    activations: Activations = "token" if form == "token" else "none"
+    return lambda: int4_linear(
+        x, packed, scale, zero, bias, group=INT4_GROUP, activations=activations, dtype=bf16
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Measure tiles for this GPU, once, on request, and keep the best for every later run of this user.
 
     python -m vit_efficient.kernels.tune --op int8_linear --batch 256               the four layers of a ViT-L block
+    python -m vit_efficient.kernels.tune --op int4_linear --batch 1                 those with 4-bit weights
     python -m vit_efficient.kernels.tune --op fp8_linear_fast --forms plain --shapes 50432x1024x4096 197x1024x4096
     python -m vit_efficient.kernels.tune --op int8_linear --batch 1 --output tiles_h200.json     entries for tiles.json
 
@@ -14,17 +15,17 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vit_efficient.cli import Parser, run_command
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.capability import lacks_triton
-from vit_efficient.kernels.cases import FORMS, OPS, block_layers, linear_case
+from vit_efficient.kernels.cases import FORMS, INT4_FORMS, OPS, block_layers, forms_of, linear_case, tile_name
 from vit_efficient.kernels.timing import time_in_turn
 from vit_efficient.kernels.tuning import Shape, Tile, chip_of, choose, forced, keep
 
@@ -42,11 +43,49 @@ SMALL = (
     Tile(128, 64, 128, 2, 8, 5), Tile(64, 16, 256, 1, 4, 5, programs=2), Tile(128, 128, 128, 4, 8, 4, parts=2),
 )  # fmt: skip
 FEW_ROWS = 1024
+# Of `int4_linear`, which takes one group of inputs a step, whatever `block_k` says.
+INT4_FEW = tuple(
+    Tile(m, n, 64, warps=4, stages=stages) for m in (16, 32, 64) for n in (32, 64, 128) for stages in (3, 4, 6)
+)
+INT4_MANY = tuple(
+    Tile(m, n, 64, warps=warps, stages=stages)
+    for m, n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8), (128, 256, 8))
+    for stages in (2, 3, 4)
+)
 
 
-def candidates(shape: Shape) -> list[Tile]:
+class Case(NamedTuple):
+    """What is tuned: a form of an operator at a shape, and the rows of an image where it lays out heads."""
+
+    op: str
+    form: str
+    shape: Shape
+    tokens: int | None = None
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """What was asked for: the shapes named, in the forms named, or the layers of a block in the forms models call."""
+    if not options.shapes:
+        return [
+            Case(op, form, layer.shape, options.tokens)
+            for op in options.op
+            for batch in options.batch
+            for layer in block_layers(op, batch, options.tokens, options.width, options.hidden).values()
+            for form in layer.forms
+        ]
+    for op in options.op:
+        for form in options.forms:
+            if form not in forms_of(op):
+                raise UserError(f"--forms {form}: {op} has no such form. It has {', '.join(forms_of(op))}.")
+    return [Case(op, form, shape) for op in options.op for form in options.forms for shape in options.shapes]
+
+
+def candidates(op: str, shape: Shape) -> list[Tile]:
     """Tiles worth measuring at a shape."""
-    return list(SMALL if shape.rows <= FEW_ROWS else LARGE)
+    few = shape.rows <= FEW_ROWS
+    if op == "int4_linear":
+        return list(INT4_FEW if few else INT4_MANY)
+    return list(SMALL if few else LARGE)
 
 
 def runs(work: Callable[[], object], tile: Tile) -> bool:
@@ -62,11 +101,12 @@ def runs(work: Callable[[], object], tile: Tile) -> bool:
     return True
 
 
-def tune_one(op: str, form: str, shape: Shape, device: torch.device, tokens: int | None) -> dict[str, Any]:
+def tune_one(case: Case, device: torch.device) -> dict[str, Any]:
     """Measure the candidates of one form at one shape, keep the best, and say what was found."""
-    work = linear_case(op, form, shape, device, tokens=tokens)
-    now = choose(f"{op}.{form}", device, shape)
-    tiles = [tile for tile in dict.fromkeys((now, *candidates(shape))) if runs(work, tile)]
+    op, form, shape, tokens = case
+    work, looked_up = linear_case(op, form, shape, device, tokens=tokens), tile_name(op, form)
+    now = choose(looked_up, device, shape)
+    tiles = [tile for tile in dict.fromkeys((now, *candidates(op, shape))) if runs(work, tile)]
 
     def with_tile(tile: Tile) -> Callable[[], object]:
         def run() -> object:
@@ -80,10 +120,10 @@ def tune_one(op: str, form: str, shape: Shape, device: torch.device, tokens: int
     best = order[0]
     milliseconds = timed[str(best)].median
     name, _ = chip_of(device)
-    keep(name, f"{op}.{form}", shape, tiles[best], milliseconds, _versions())
+    keep(name, looked_up, shape, tiles[best], milliseconds, _versions())
     operations = 2 * shape.rows * shape.inputs * shape.outputs
     return {
-        "op": f"{op}.{form}", **asdict(shape), "tile": asdict(tiles[best]), "ms": round(milliseconds, 5),
+        "op": looked_up, **asdict(shape), "tile": asdict(tiles[best]), "ms": round(milliseconds, 5),
         "tera_per_s": round(operations / milliseconds / 1e9, 1), "before_ms": round(timed["0"].median, 5),
         "all": [{"tile": asdict(tiles[i]), "ms": round(timed[str(i)].median, 5)} for i in order],
     }  # fmt: skip
@@ -95,14 +135,15 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton.__version__}
 
 
-def _compile(job: tuple[str, str, Shape, Tile, int | None]) -> None:
-    op, form, shape, tile, tokens = job
+def _compile(job: tuple[Case, Tile]) -> None:
+    (op, form, shape, tokens), tile = job
     device = torch.device("cuda", torch.cuda.current_device())
     runs(linear_case(op, form, shape, device, tokens=tokens), tile)
 
 
-def compile_all(jobs: list[tuple[str, str, Shape, Tile, int | None]], processes: int) -> None:
+def compile_all(wanted: Iterable[Case], processes: int) -> None:
     """Fill Triton's cache with all kernels that will be timed, several at a time."""
+    jobs = [(case, tile) for case in wanted for tile in candidates(case.op, case.shape)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for _ in pool.imap_unordered(_compile, jobs):
             pass
@@ -117,7 +158,12 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     words.add_argument("--op", nargs="+", choices=OPS, default=["int8_linear"], help="operators (default int8_linear)")
-    words.add_argument("--forms", nargs="+", choices=FORMS, help="what follows the product (default: as in a block)")
+    words.add_argument(
+        "--forms",
+        nargs="+",
+        choices=dict.fromkeys(FORMS + INT4_FORMS),
+        help="what follows the product (default: as in a block)",
+    )
     words.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", help="with --forms: rows, inputs, outputs")
     words.add_argument("--batch", nargs="+", type=int, default=[256], help="images (default 256)")
     words.add_argument("--tokens", type=int, default=197, help="of an image (default 197)")
@@ -148,24 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"tune was asked to measure Triton kernels, but {why}")
     if (options.shapes is None) != (options.forms is None):
         raise UserError("--shapes and --forms go together: a shape is measured in a form, for example plain.")
-    cases: list[tuple[str, Shape, int | None]] = []
-    if options.shapes:
-        cases = [(form, shape, None) for form in options.forms for shape in options.shapes]
-    else:
-        for batch in options.batch:
-            layers = block_layers(batch, options.tokens, options.width, options.hidden)
-            cases += [(form, shape, options.tokens) for form, shape in layers.values()]
-    jobs = [(op, form, shape, tile, tokens) for op in options.op for form, shape, tokens in cases
-            for tile in candidates(shape)]  # fmt: skip
-    compile_all(jobs, options.processes)
+    wanted = cases(options)
+    compile_all(wanted, options.processes)
     found = []
-    for op in options.op:
-        for form, shape, tokens in cases:
-            one = tune_one(op, form, shape, device, tokens)
-            found.append(one)
-            tile = " ".join(str(value) for value in one["tile"].values())
-            print(f"{one['op']:28} {shape!s:18} {one['ms']:9.4f} ms  {one['tera_per_s']:7.1f} T/s  "
-                  f"(before {one['before_ms']:.4f} ms)  tile {tile}", flush=True)  # fmt: skip
+    for case in wanted:
+        one = tune_one(case, device)
+        found.append(one)
+        tile = " ".join(str(value) for value in one["tile"].values())
+        print(f"{one['op']:28} {case.shape!s:18} {one['ms']:9.4f} ms  {one['tera_per_s']:7.1f} T/s  "
+              f"(before {one['before_ms']:.4f} ms)  tile {tile}", flush=True)  # fmt: skip
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"chip": chip_of(device), **_versions(), "tiles": found}, indent=1))

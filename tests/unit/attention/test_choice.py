@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from vit_efficient.attention import choice, reference
-from vit_efficient.attention.choice import FUSED, Call, Times, chosen, measure
-from vit_efficient.attention.sdpa import SdpaConfig
+from vit_efficient.attention.choice import FUSED, Call, Times, chosen, measure, operands
+from vit_efficient.attention.sdpa import LARGEST_BATCH, SdpaConfig, batch_of
 
 CALL = Call(200, 16, 197, 197, 64, 64, "bfloat16")
 CPU = torch.device("cpu")
@@ -123,6 +123,51 @@ def test_nothing_is_measured_on_a_cpu(tmp_path: Path) -> None:
     SdpaConfig().build().attend(q, k, v, scale=1.0)
     assert not (tmp_path / "cache").exists()
     assert not choice.choices()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_self_attention_is_measured_on_views_of_one_projection(training: bool) -> None:
+    """Strides decide what kernels may read at once, cuDNN's above all: so the layout is that of a model's qkv."""
+    call = Call(2, 3, 5, 5, 8, 8, "bfloat16", mask="bool", training=training)
+    q, k, v, mask = operands(call, CPU)
+    packed = torch.empty(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+    for number, (made, wanted) in enumerate(zip((q, k, v), packed, strict=True)):
+        assert (made.shape, made.stride()) == (wanted.shape, wanted.stride())
+        assert made.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+        assert made.storage_offset() == number * 3 * 8
+        assert made.requires_grad == training
+    assert mask.shape == (5, 5)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if training:
+        assert all(bool(grad.any()) for grad in torch.autograd.grad(y, (q, k, v), y))
+
+
+def test_cross_attention_is_measured_on_projections_of_its_own() -> None:
+    q, k, v = operands(Call(2, 3, 1, 5, 8, 4, "float32"), CPU)
+    assert [tuple(x.shape) for x in (q, k, v)] == [(2, 3, 1, 8), (2, 3, 5, 8), (2, 3, 5, 4)]
+    assert all(x.transpose(1, 2).is_contiguous() for x in (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "batches"),
+    [(False, [1, 3, 200]), (True, [LARGEST_BATCH] * 3), (None, [1, LARGEST_BATCH, LARGEST_BATCH])],
+)
+def test_a_program_for_one_batch_gets_the_kernel_for_that_batch(dynamic: bool | None, batches: list[int]) -> None:
+    """What is traced: the real batch where it is a constant of the program, the largest where the program serves any
+    (PyTorch makes the batch free when it changes for the first time; 0 and 1 it never does)."""
+    torch._dynamo.reset()
+    found = torch.compile(lambda x: x.new_zeros(()) + batch_of(x), backend="eager", fullgraph=True, dynamic=dynamic)
+    given = (1, 3, 200) if dynamic is not True else (2, 3, 200)
+    assert [int(found(torch.ones(n, 2))) for n in given] == batches
+
+
+@pytest.mark.gpu
+def test_a_compiled_call_is_measured_at_its_batch() -> None:
+    qkv = torch.randn(1, 197, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    torch._dynamo.reset()
+    torch.compile(SdpaConfig().build().attend, fullgraph=True, dynamic=False)(q, k, v, scale=0.125)
+    assert any(" B=1 " in key for key in choice.choices())
 
 
 @pytest.mark.gpu
