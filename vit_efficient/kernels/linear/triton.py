@@ -217,10 +217,12 @@ def linear_kernel(
             w = _load(b, b_stride, first_column, k, N, K, DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K)
             if not FP8:
                 sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
-            elif PROMOTE:
-                sums = tl.dot(x, w.T, sums, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
-            else:
+            elif not PROMOTE:
                 sums = tl.dot(x, w.T, sums, out_dtype=tl.float32)
+            elif DESCRIPTORS:
+                sums = tl.dot(x, w.T, sums, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
+            else:  # the compiler promotes Hopper's sums only; with this argument it leaves the addition where it is
+                sums += tl.dot(x, w.T, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
         end_column = tl.minimum(N, first_column + STEP_N)
         _finish_parts(
             sums, first_row, first_column, end_column, row_scale, column_scale, bias, residual, gamma, out, out_scale,
