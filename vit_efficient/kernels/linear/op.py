@@ -19,6 +19,7 @@ Arguments that all share:
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -191,7 +192,7 @@ def _heads_shape(q_MK: Tensor, q_NK: Tensor, tokens: int, heads: int, parts: int
 
 def _flat(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (M, K) and scales (M, 1) or (1, 1)."""
-    return q.reshape(-1, q.shape[-1]), scale.reshape(-1, 1)
+    return q.reshape(math.prod(q.shape[:-1]), q.shape[-1]), scale.reshape(-1, 1)  # -1 is ambiguous without inputs
 
 
 def linear(
