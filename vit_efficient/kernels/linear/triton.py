@@ -203,8 +203,8 @@ def linear_kernel(
     """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says, and
     `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
 
-    PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. PARTS: that a
-    tile is finished in, side by side.
+    PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over (by pointers, BLOCK_K of them if
+    that is more); 0: all of them. PARTS: that a tile is finished in, side by side.
     """
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
