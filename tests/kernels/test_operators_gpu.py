@@ -63,6 +63,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "quantize": lambda i: quantization.quantize(i.x),
     "quantize static": lambda i: quantization.quantize(i.x, "int8", i.scale, i.bias, i.smooth),
     "quantize fp8": lambda i: quantization.quantize(i.x, "fp8"),
+    "dequantize": lambda i: quantization.dequantize(i.q, i.q_scale, torch.bfloat16),
     "clipping": lambda i: quantization.quantize_clipping(i.x, "int8", i.scale),
     "layernorm": lambda i: norms.layernorm(i.x, *norm(i)),
     "layernorm_quant": lambda i: norms.layernorm_quant(i.x, *norm(i)),

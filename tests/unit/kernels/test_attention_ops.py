@@ -233,7 +233,16 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "int4 codes under one scale": (
             ops.int4_linear_codes,
-            (torch.randint(-127, 128, (100, 5), dtype=torch.int8).t(), one.view(1, 1), packed, scale, None, None, 32, f32),
+            (
+                torch.randint(-127, 128, (100, 5), dtype=torch.int8).t(),
+                one.view(1, 1),
+                packed,
+                scale,
+                None,
+                None,
+                32,
+                f32,
+            ),
         ),
     }
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed; it exists for Lin
 from vit_efficient.kernels.layernorm_quant.triton import _kernel as norm_kernel
 from vit_efficient.kernels.linear.launch import PROMOTE, Form, fit
 from vit_efficient.kernels.linear.triton import linear_kernel
+from vit_efficient.kernels.quantize.triton import _dequantize_kernel as dequantize_kernel
 from vit_efficient.kernels.quantize.triton import _kernel as quantize_kernel
 from vit_efficient.kernels.tuning import Shape, Tile, _shipped, pick
 
@@ -92,9 +93,10 @@ def linear_layer(chip: str, op: str, name: str, full: bool = True) -> tuple[Any,
         part = f"[{tile.block_m}, {tile.block_n // tile.parts}]"
         types |= {"residual": f"tensordesc<bf16{part}>" if described else "*bf16", "gamma": "*bf16"}
     constants = {
-        "FP8": fp8, "PROMOTE": min(PROMOTE, tile.block_k) if op == "fp8_linear" and full else 0, "LAYOUT": form.layout, "GELU": form.gelu,
-        "QUANT": form.quant, "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROW_SCALES": True,
-        "COLUMN_SCALES": True, "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
+        "FP8": fp8, "PROMOTE": min(PROMOTE, tile.block_k) if op == "fp8_linear" and full else 0,
+        "LAYOUT": form.layout, "GELU": form.gelu, "QUANT": form.quant, "LARGEST": 448 if fp8 else 127,
+        "INTEGER": not fp8, "ROW_SCALES": True, "COLUMN_SCALES": True,
+        "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
         "RESIDUAL_DESCRIPTOR": described,
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
@@ -173,3 +175,10 @@ def test_quantization(chip: str, fp8: bool) -> None:
     constants = {"QUANT": "token", "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROWS": 4, "BLOCK": 1024}
     kernel = compiled(quantize_kernel, types, constants, chip, 4, 3)
     assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]) == fp8
+
+
+@pytest.mark.parametrize(("chip", "code"), [("sm_80", "i8"), ("sm_89", "fp8e4nv"), ("sm_90", "fp8e4nv")])
+def test_what_codes_stand_for(chip: str, code: str) -> None:
+    types = {"codes": f"*{code}", "scales": "*fp32", "y": "*bf16", "stride": "i32"}
+    kernel = compiled(dequantize_kernel, types, {"ROW_SCALES": True, "ROWS": 1, "BLOCK": 1024}, chip, 1, 3)
+    assert "st.global.v4" in kernel.asm["ptx"]  # 16 bytes at once

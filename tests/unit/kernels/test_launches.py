@@ -54,7 +54,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         (int4_linear, ("int4_kernel", "add_parts_kernel")),
         (layernorm_quant, ("_kernel",)),
         (linear, ("linear_kernel",)),
-        (quantize, ("_kernel",)),
+        (quantize, ("_kernel", "_dequantize_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, made)
@@ -88,6 +88,7 @@ LAUNCHES: dict[str, tuple[Callable[[], Any], int]] = {  # and how many there are
     "int4": (partial(multiply_packed, "none"), 2),
     "int4 quantized": (partial(multiply_packed, "token"), 3),
     "layernorm": (lambda: layernorm_quant.layernorm_quant(torch.zeros(2, 32), None, None, 1e-6, "int8", None), 1),
+    "dequantize": (lambda: quantize.dequantize(torch.zeros(2, 32), torch.ones(2, 1), torch.float32), 1),
     "quantize": (lambda: quantize.quantize(torch.zeros(2, 32), "int8", None), 1),
 }
 

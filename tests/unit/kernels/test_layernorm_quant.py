@@ -100,6 +100,17 @@ def test_operators_keep_pytorchs_rules(case: int, transposed: bool) -> None:
     torch.library.opcheck(operator, (torch.randn(2 * T, 2 * D)[::2, ::2], *rest))
 
 
+@pytest.mark.parametrize("scales", [torch.rand(T, 1), torch.rand(1, 1), torch.rand(1, T).t()])
+def test_what_codes_stand_for(scales: Tensor) -> None:
+    for codes in (torch.randint(-127, 128, (D, T), dtype=torch.int8).t(), torch.randn(T, D).to(torch.float8_e4m3fn)):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = quantization.dequantize(codes, scales, dtype)
+            assert torch.equal(found, (codes.float() * scales).to(dtype))
+            assert found.is_contiguous()
+            utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(quantization.dequantize, (codes, scales, dtype), test_utils=utils)
+
+
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_what_is_made_of_transposed_inputs_is_contiguous(form: str) -> None:
     """As the compiler takes it to be: it would stop at other strides."""

@@ -56,8 +56,8 @@ def int4_linear(
         dtype: of the result, and of the operands where activations are not quantized.
     """
     if activations == "token":
-        weight = packed_NK, scale_NG, zero_NG
-        return int4_linear_codes(*int8.quantize_rows(x_MK), *weight, bias_N, group=group, dtype=dtype)
+        q_MK, scale_M1 = int8.quantize_rows(x_MK)
+        return int4_linear_codes(q_MK, scale_M1, packed_NK, scale_NG, zero_NG, bias_N, group=group, dtype=dtype)
     inputs = x_MK.shape[1]
     q_NK, scale_NG = codes_of(packed_NK, zero_NG, inputs, group), scale_NG.to(torch.float32)
     weight_NK = (q_NK.to(torch.float32) * scale_NG.repeat_interleave(group, dim=1)[:, :inputs]).to(dtype)

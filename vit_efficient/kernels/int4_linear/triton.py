@@ -133,7 +133,8 @@ def int4_linear(
     """`reference.int4_linear`."""
     weight = packed_NK, scale_NG, zero_NG
     if activations == "token":
-        return int4_linear_codes(*quantize(x_MK, "int8", None), *weight, bias_N, group, dtype)
+        q_MK, scale_M1 = quantize(x_MK, "int8", None)
+        return int4_linear_codes(q_MK, scale_M1, *weight, bias_N, group, dtype)
     return _launch(x_MK.to(dtype), None, *weight, None if bias_N is None else bias_N.to(dtype), group, dtype)
 
 

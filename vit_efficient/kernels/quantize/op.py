@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_efficient.kernels.device import check_form, runs_triton
+from vit_efficient.kernels.device import check_form, require_fp8, runs_triton
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.quantize import reference
 
@@ -55,6 +55,28 @@ def _(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = x_MK.new_empty(x_MK.shape, dtype=format_of(form).dtype)
     scales = x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
     return codes, scales, x_MK.new_empty(x_MK.shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("vit_efficient::dequantize", mutates_args=())
+def dequantize(codes_MK: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize` of a matrix, in one pass on a GPU: (M, K) in `dtype`.
+
+    Args:
+        codes_MK: int8 or e4m3, of up to `rows.WIDEST` columns.
+        scales: (M, 1) or (1, 1) float32.
+    """
+    if runs_triton(codes_MK) and codes_MK.numel():
+        if codes_MK.dtype != torch.int8:
+            require_fp8(codes_MK)
+        from vit_efficient.kernels.quantize import triton
+
+        return triton.dequantize(codes_MK, scales, dtype)
+    return reference.dequantize(codes_MK, scales, dtype).contiguous()
+
+
+@dequantize.register_fake
+def _(codes_MK: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape, dtype=dtype)
 
 
 def reciprocal_of(smooth_K: Tensor | None, at_hand: Tensor | None) -> Tensor | None:
