@@ -4,6 +4,7 @@ before Triton is imported: `tests/unit/kernels/test_interpreter.py` runs these f
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: a GPU, or the CPU if they are interpreted."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs() -> None:
+    """Every run of a test draws other numbers; what pytest prints of a failed one says how to draw them again."""
+    seed = int(os.environ.get("KERNEL_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    torch.manual_seed(seed)
+    print(f"inputs of KERNEL_TEST_SEED={seed}")
 
 
 @pytest.fixture

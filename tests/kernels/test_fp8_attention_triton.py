@@ -42,9 +42,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def exact(tokens: int, width: int, device: torch.device, heads: int = 2) -> Tensor:
     """(1, H, N, E): powers of two whose codes have no rounding: the largest of each token and each block is 448."""
-    generator = torch.Generator().manual_seed(tokens)
-    powers = torch.randint(-4, 1, (1, heads, tokens, width), generator=generator)
-    signs = torch.randint(0, 2, powers.shape, generator=generator) * 2 - 1
+    powers = torch.randint(-4, 1, (1, heads, tokens, width))
+    signs = torch.randint(0, 2, powers.shape) * 2 - 1
     powers[..., 0] = 0
     sizes = (torch.arange(tokens) // attention_values.BLOCK + 1.0)[:, None]
     return (448 * signs * 2.0**powers * 2.0**-9 * sizes).to(device)
@@ -53,7 +52,7 @@ def exact(tokens: int, width: int, device: torch.device, heads: int = 2) -> Tens
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_exact_operands(tokens: int, device: torch.device) -> None:
     q, k = (exact(tokens, 64, device, heads=1) for _ in range(2))
-    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    v = torch.randn(q.shape).to(device)
     found = attend(q, k, v, rotated=False)
     # Hopper's units keep about 14 bits of a sum of e4m3 products.
     assert error(found, reference.attend(q, k, v, scale=0.125, rotated=False)) < (1e-5 if INTERPRETED else 1e-3)
@@ -63,13 +62,12 @@ def test_exact_operands(tokens: int, device: torch.device) -> None:
 def test_rotated_operands(width: int, device: torch.device) -> None:
     """One channel a token: rotated, all are equally large, and their codes are exact."""
     tokens = 150
-    generator = torch.Generator().manual_seed(0)
     q, k = torch.zeros(1, 2, tokens, width), torch.zeros(1, 2, tokens, width)
     for x in (q, k):
-        channel = torch.randint(0, width, (1, 2, tokens, 1), generator=generator)
-        size = 2.0 ** torch.randint(-3, 1, (1, 2, tokens, 1), generator=generator)
+        channel = torch.randint(0, width, (1, 2, tokens, 1))
+        size = 2.0 ** torch.randint(-3, 1, (1, 2, tokens, 1))
         x.scatter_(-1, channel, 448 / 128 * size)
-    v = torch.randn(1, 2, tokens, width, generator=generator).to(device)
+    v = torch.randn(1, 2, tokens, width).to(device)
     q, k = q.to(device), k.to(device)
     found = attend(q, k, v)
     assert error(found, reference.attend(q, k, v, scale=0.125)) < 1e-5
@@ -92,7 +90,7 @@ def test_e4m3_values(tokens: int, device: torch.device) -> None:
 def test_random_operands(rotated: bool, values: str, device: torch.device) -> None:
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     for tokens in (197,) if INTERPRETED else (*TOKENS, 1024):
-        qkv = torch.randn(1, tokens, 3, 3, 80, generator=torch.Generator().manual_seed(tokens))
+        qkv = torch.randn(1, tokens, 3, 3, 80)
         q, k, v = qkv.to(device, dtype).permute(2, 0, 3, 1, 4).unbind(0)
         expected = reference.attend(q, k, v, scale=0.125, rotated=rotated, values=values)  # type: ignore[arg-type]
         bound = 0.2 if INTERPRETED else 5e-2 if values == "fp8" else 1.5e-2

@@ -40,7 +40,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weight(inputs: int, outputs: int, group: int, zero: bool, device: torch.device) -> Weight:
     """As a deployed layer stores it: packed codes, scales, zero points."""
-    w_NK = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(inputs + outputs))
+    w_NK = torch.randn(outputs, inputs)
     scheme = Scheme(weight_bits=4, group=group, zero_point=zero, activations="none")
     if not zero:
         codes, scale = int8.quantize_weight(w_NK, scheme)
@@ -68,9 +68,26 @@ def test_outputs_are_those_of_the_definition(group: int, zero: bool, activations
         w = weight(inputs, outputs, group, zero, device)
         for rows in ROWS:
             for dtype in DTYPES:
-                x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
-                bias = torch.randn(outputs, generator=torch.Generator().manual_seed(0)).to(device)
+                x = torch.randn(rows, inputs).to(device, dtype)
+                bias = torch.randn(outputs).to(device)
                 compare(x, w, bias if rows % 2 else None, group, activations, dtype)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_codes_that_are_at_hand(one_scale: bool, group: int, device: torch.device) -> None:
+    """Of whatever kind: 8 bits, 4 bits, a scale a row or one in all, strided."""
+    w = weight(192, 70, group, True, device)
+    bias = torch.randn(70).to(device)
+    for rows in ROWS[:3]:
+        for largest in (127, 7):
+            q = torch.randint(-largest, largest + 1, (2 * rows, 200), dtype=torch.int8).to(device)[::2, 8:]
+            scale = torch.rand(1 if one_scale else rows, 1).to(device) + 0.01
+            for dtype in DTYPES:
+                found = kernels.int4_linear_codes(q, scale, *w, bias, group, dtype)
+                expected = reference.int4_linear_codes(q, scale, *w, bias, group=group, dtype=dtype)
+                assert found.dtype == dtype
+                assert float((found.double() - expected.double()).norm() / expected.double().norm()) < ERROR[dtype]
 
 
 @pytest.mark.parametrize("inputs", [1, 33, 97, 160, 577])
@@ -132,6 +149,35 @@ def test_a_deployed_layer_never_holds_a_float_weight(device: torch.device, monke
     codes, scale = layer.weight_codes(), layer.weight_scale.float().repeat_interleave(64, dim=1)
     expected = F.linear(x.double(), codes.double() * scale.double(), layer.bias.double())
     assert float((y.double() - expected).norm() / expected.norm()) < ERROR[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["token", "static"])
+def test_a_fused_layer_never_unpacks_its_groups(
+    activations: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vit_efficient.quantization.fused_linear import view
+    from vit_efficient.quantization.int8_deployed import DeployedInt8
+
+    monkeypatch.undo()
+    scheme = Scheme(weight_bits=4, group=64, zero_point=True, activations=activations)
+    layer = DeployedInt8((4096, 4096), True, scheme).to(device)
+    layer.weight, layer.weight_scale, layer.weight_zero = weight(4096, 4096, 64, True, device)  # type: ignore[assignment]
+    if activations == "static":
+        layer.input_scale = torch.tensor(0.03, device=device)
+    fused = view(layer)
+    assert not isinstance(fused, str)
+    x = torch.randn(16, 4096, device=device)
+    codes = fused.codes(x)
+    fused.output(codes, torch.float32)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = fused.output(codes, torch.float32)
+    assert torch.cuda.max_memory_allocated() - before < 4096 * 4096  # the codes as bytes
+    assert torch.equal(y, layer(x))
+    there = layer.cpu()(x.cpu())
+    assert float((y.cpu() - there).norm() / there.norm()) < ERROR[torch.float32]
 
 
 @pytest.mark.gpu

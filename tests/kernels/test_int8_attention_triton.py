@@ -53,8 +53,7 @@ def operands(
     batch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Views of one packed projection (B, N, 3, H, E): not contiguous. Tokens differ in size, so that scales do."""
-    generator = torch.Generator().manual_seed(tokens + width)
-    qkv = torch.randn(batch, tokens, 3, heads, width, generator=generator)
+    qkv = torch.randn(batch, tokens, 3, heads, width)
     qkv *= size * torch.logspace(-0.5, 0.5, tokens)[:, None, None, None]
     q, k, v = qkv.to(dtype).to(device).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v

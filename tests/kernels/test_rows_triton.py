@@ -121,6 +121,22 @@ def test_what_a_given_range_leaves_out(dtype: torch.dtype, form: str, device: to
     same_codes(codes[~x.isnan()], expected[~x.isnan()])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_what_codes_stand_for(one_scale: bool, form: str, dtype: torch.dtype, device: torch.device) -> None:
+    for count in ROWS:
+        for width in WIDTHS:
+            codes, scales = reference.quantize(torch.randn(count, 2 * width, device=device), form)
+            codes = codes.view(torch.uint8)[:, width:].view(codes.dtype)
+            scales = scales[:1] if one_scale else scales
+            if count > 2 and not one_scale:
+                scales[2] = float("nan")
+            found, expected = kernels.dequantize(codes, scales, dtype), reference.dequantize(codes, scales, dtype)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_strided_rows(device: torch.device) -> None:
     whole = torch.randn(40, 300).to(device)
     for x in (whole[::2, 5:200], whole.t()[:, ::3]):

@@ -1,6 +1,7 @@
 """How attention kernels are launched: codes of keys and values where they have to be made first, tile, descriptors.
 
-Nothing here waits for the device, so launches can be captured in CUDA graphs. Legend as in `attention_kernel`.
+Nothing here waits for the device, so launches can be captured in CUDA graphs. Kernels run on their operands' device,
+whichever is the current one. Legend as in `attention_kernel`.
 """
 
 from __future__ import annotations
@@ -95,17 +96,18 @@ def prepare(
         made = torch.empty((batch, heads, tokens, v_width), dtype=dtype, device=device)
     if keys != "codes" or values != "as_is":
         rows = (0, 0, 0) if v_scale is None or v_scale.numel() == 1 else v_scale.stride()[:3]
-        operands_kernel[(blocks, batch * heads)](
-            k_BHME, k_scale, codes, scales, v_BHMF, v_scale, made, v_scales, rotation, heads, tokens,
-            *k_BHME.stride(), *(k_BHME if codes is None else codes).stride()[:3],
-            *v_BHMF.stride(), *rows, *made.stride(),
-            WIDTH_K=width, WIDTH_CODES=width_codes, WIDTH_V=v_width,
-            BLOCK_E=power_of_two(width_codes, 32), BLOCK_F=power_of_two(v_width, 16),
-            K_FORM=keys, LARGEST=127 if integer else 448, INTEGER=integer,
-            ROTATED=0 if rotation is None else width_codes,
-            SMALLEST=2.0**-126 if integer else attention_values.SMALLEST_SCALE, V_FORM=values,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(k_BHME):
+            operands_kernel[(batch * heads, blocks)](
+                k_BHME, k_scale, codes, scales, v_BHMF, v_scale, made, v_scales, rotation, heads, tokens,
+                *k_BHME.stride(), *(k_BHME if codes is None else codes).stride()[:3],
+                *v_BHMF.stride(), *rows, *made.stride(),
+                WIDTH_K=width, WIDTH_CODES=width_codes, WIDTH_V=v_width,
+                BLOCK_E=power_of_two(width_codes, 32), BLOCK_F=power_of_two(v_width, 16),
+                K_FORM=keys, LARGEST=127 if integer else 448, INTEGER=integer,
+                ROTATED=0 if rotation is None else width_codes,
+                SMALLEST=2.0**-126 if integer else attention_values.SMALLEST_SCALE, V_FORM=values,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
     ready = None if codes is None or scales is None else Codes(codes, scales, keys == "token")
     return ready, made, v_scales
 
@@ -177,20 +179,21 @@ def attend(
     v_block = [1, 1, block_f, block_n] if fp8_values else [1, 1, block_n, block_f]
     rows = (0, 0, 0) if q_scale is None or q_scale.numel() == 1 else q_scale.stride()[:3]
     options = {} if (most := registers(tile)) is None else {"maxnreg": most}
-    attend_kernel[(-(-tokens // tile.block_m) * batch * heads,)](
-        q_BHNE, q_scale, keys.codes, keys.scale, v_BHMF, keys.scale if v_scales is None else v_scales,
-        y_BNHF, out_scale, rotation,
-        TensorDescriptor.from_tensor(keys.codes, [1, 1, block_n, block_e]) if descriptors else None,
-        TensorDescriptor.from_tensor(v_last, v_block) if descriptors else None,
-        scale * math.log2(math.e) / (1 if rotation is None else k_width), heads, tokens, count,
-        *q_BHNE.stride(), *rows, *keys.codes.stride()[:3], *keys.scale.stride(), *v_BHMF.stride(),
-        *((0, 0) if v_scales is None else v_scales.stride()[:2]),
-        WIDTH_Q=width, WIDTH_K=k_width, WIDTH_V=v_width, BLOCK_E=block_e, BLOCK_F=block_f,
-        BLOCK_M=tile.block_m, BLOCK_N=block_n, WHOLE=whole, HALF=half, TAIL=tail,
-        Q_FORM="codes" if not made_here else "token" if q_scale is None else "given",
-        LARGEST=127 if integer else 448, INTEGER=integer, ROTATED=0 if rotation is None else k_width,
-        TOKEN_SCALES=keys.by_token, FP8_VALUES=fp8_values, OUT_CODES=out_scale is not None,
-        TMA=descriptors, SCRATCH=scratch, STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q_BHNE):
+        attend_kernel[(-(-tokens // tile.block_m) * batch * heads,)](
+            q_BHNE, q_scale, keys.codes, keys.scale, v_BHMF, keys.scale if v_scales is None else v_scales,
+            y_BNHF, out_scale, rotation,
+            TensorDescriptor.from_tensor(keys.codes, [1, 1, block_n, block_e]) if descriptors else None,
+            TensorDescriptor.from_tensor(v_last, v_block) if descriptors else None,
+            scale * math.log2(math.e) / (1 if rotation is None else k_width), heads, tokens, count,
+            *q_BHNE.stride(), *rows, *keys.codes.stride()[:3], *keys.scale.stride(), *v_BHMF.stride(),
+            *((0, 0) if v_scales is None else v_scales.stride()[:2]),
+            WIDTH_Q=width, WIDTH_K=k_width, WIDTH_V=v_width, BLOCK_E=block_e, BLOCK_F=block_f,
+            BLOCK_M=tile.block_m, BLOCK_N=block_n, WHOLE=whole, HALF=half, TAIL=tail,
+            Q_FORM="codes" if not made_here else "token" if q_scale is None else "given",
+            LARGEST=127 if integer else 448, INTEGER=integer, ROTATED=0 if rotation is None else k_width,
+            TOKEN_SCALES=keys.by_token, FP8_VALUES=fp8_values, OUT_CODES=out_scale is not None,
+            TMA=descriptors, SCRATCH=scratch, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **options,
+        )  # fmt: skip
     return y_BNHF

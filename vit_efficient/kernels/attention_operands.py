@@ -48,8 +48,8 @@ def operands_kernel(
         V_FORM: ``as_is`` (nothing to do), ``token`` or ``given`` (to int8 and back), ``codes`` (int8, from the scales
             at `v_scale_ptr`), or ``fp8``.
     """
-    block, pair = tl.program_id(0), tl.program_id(1)
-    blocks = tl.num_programs(0)
+    pair, block = tl.program_id(0), tl.program_id(1)  # of the first there may be 2**31, of the second 65,535
+    blocks = tl.num_programs(1)
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     m = block * TOKENS + tl.arange(0, TOKENS)
     e, f = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_F)

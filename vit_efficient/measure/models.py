@@ -254,10 +254,9 @@ def collect(device: torch.device) -> None:
 
 
 def _failed(contender: Contender | Absent, batch: int, reason: str) -> Row:
-    absent = isinstance(contender, Absent)
+    dtype, held = (contender.dtype, 0) if isinstance(contender, Absent) else (_dtype(contender), contender.weight_bytes)
     return Row(
-        contender.name, contender.how, contender.dtype if absent else _dtype(contender), batch,
-        0 if absent else contender.weight_bytes, failed=reason, words=tuple(contender.words),
+        contender.name, contender.how, dtype, batch, held, failed=reason, words=tuple(contender.words),
         compile_mode=contender.compile_mode,
     )  # fmt: skip
 

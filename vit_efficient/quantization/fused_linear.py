@@ -4,6 +4,10 @@ A fused block quantizes a tensor once, hands the codes from layer to layer, and 
 (residual, GELU, the next layer's codes). `FusedLinear` is a view of one deployed layer for that; it holds the layer and
 nothing of its own, so weights and scales follow the layer to its device.
 
+4-bit weights: in groups they stay packed, and on a GPU the kernel unpacks them in registers (`int4_linear`). With one
+scale a row they are multiplied as 8-bit ones are, and all that may follow in one pass follows them too; for that the
+layer keeps their codes as bytes from when it is fused (`DeployedInt8.keep_unpacked`), which takes N x K bytes more.
+
 On a CPU every step is the arithmetic of the layers run one by one, in the same order: fused and unfused models agree
 bit for bit in float32. On a GPU the steps are kernels: codes lie within one of those, seldom anywhere but next to the
 middle between two, since a norm adds in another order and nothing is rounded to 16 bits on the way.
@@ -44,6 +48,7 @@ class FusedLinear:
         if isinstance(layer, DeployedInt8):
             self.form = "int8" if layer.scheme.activation_bits == 8 else "int4"
             self.grouped = layer.scheme.group is not None
+            layer.keep_unpacked()
         self.accumulation: linear.Accumulation = getattr(scheme, "accumulation", "full")
         self.activations: str = scheme.activations
         self.shifts = layer.shift is not None
@@ -175,6 +180,8 @@ class FusedLinear:
         """Groups of inputs have weight scales of their own: the product is not one matrix product."""
         layer = self.layer
         assert isinstance(layer, DeployedInt8)
+        if layer.packed_in_groups and x.values.device.type == "cuda":
+            return layer.multiply_codes(*x, bias, dtype)
         rows_MK, scale_M1 = x.values.reshape(-1, x.values.shape[-1]), x.scale.reshape(-1, 1)
         weight = layer.weight_codes(), layer.weight_scale.to(torch.float32)
         y_MN = int8.multiply(rows_MK, scale_M1, *weight, bias, layer.scheme, dtype)

@@ -17,7 +17,7 @@ from vit_efficient.kernels import attention_values, capability
 from vit_efficient.kernels.fp8_attention import reference as fp8
 from vit_efficient.kernels.fp8_attention.op import fp8_attend
 from vit_efficient.kernels.int4_linear import reference as int4
-from vit_efficient.kernels.int4_linear.op import int4_linear
+from vit_efficient.kernels.int4_linear.op import int4_linear, int4_linear_codes
 from vit_efficient.kernels.int8_attention import reference as int8
 from vit_efficient.kernels.int8_attention.op import int8_attend
 from vit_efficient.kernels.int8_linear import reference as int8_linear
@@ -188,6 +188,24 @@ def test_int4_is_what_the_deployed_layer_computes(activations: Any, group: int, 
     assert error(found, x.double() @ weight.T) < bound
 
 
+@pytest.mark.parametrize(("activations", "bits"), [("token", 8), ("token", 4), ("static", 8), ("tensor", 8)])
+def test_int4_from_codes_is_the_layer_of_whatever_made_them(activations: Any, bits: Any) -> None:
+    packed, scale, zeros = quantized(100, 32)
+    scheme = Scheme(weight_bits=4, activation_bits=bits, group=32, zero_point=True, activations=activations)
+    layer = DeployedInt8((24, 100), True, scheme)
+    layer.weight, layer.weight_scale, layer.weight_zero = packed, scale, zeros  # type: ignore[assignment]
+    layer.bias = torch.randn(24)
+    if activations == "static":
+        layer.input_scale = torch.tensor(0.02)
+    x = torch.randn(2, 7, 100)
+    codes, scales = layer.codes(x)
+    scales = scales if scales.numel() == 1 else scales.view(2, 7, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = int4_linear_codes(codes.view(x.shape), scales, packed, scale, zeros, layer.bias, group=32, dtype=dtype)
+        assert torch.equal(found, layer.multiply(x, dtype))
+        assert torch.equal(found, layer._multiply_packed(x, dtype))  # the way of a GPU
+
+
 def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Each operator with arguments as `torch.library.opcheck` wants them."""
     q, k, v = operands(33, 32)
@@ -208,6 +226,24 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fp8 out": (ops.fp8_attend, (q, k, v, 0.2, False, "float", one, f32)),
         "int4": (ops.int4_linear, (x, packed, scale, zeros, torch.randn(24), 32, "none", torch.bfloat16)),
         "int4 token": (ops.int4_linear, (x, packed, scale, zeros, None, 32, "token", f32)),
+        "int4 strided": (ops.int4_linear, (torch.randn(100, 5).t(), packed, scale, zeros, None, 32, "token", f32)),
+        "int4 codes": (
+            ops.int4_linear_codes,
+            (*int8_linear.quantize_rows(x), packed, scale, zeros, torch.randn(24), 32, torch.bfloat16),
+        ),
+        "int4 codes under one scale": (
+            ops.int4_linear_codes,
+            (
+                torch.randint(-127, 128, (100, 5), dtype=torch.int8).t(),
+                one.view(1, 1),
+                packed,
+                scale,
+                None,
+                None,
+                32,
+                f32,
+            ),
+        ),
     }
 
 

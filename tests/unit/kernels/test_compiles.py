@@ -5,6 +5,8 @@ Triton needs no GPU to compile. What cannot be seen so is whether the results ar
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed; it exists for Linux only")
 
 from vit_efficient.kernels.layernorm_quant.triton import _kernel as norm_kernel
-from vit_efficient.kernels.linear.launch import Form, fit
+from vit_efficient.kernels.linear.launch import PROMOTE, Form, fit
 from vit_efficient.kernels.linear.triton import linear_kernel
+from vit_efficient.kernels.quantize.triton import _dequantize_kernel as dequantize_kernel
 from vit_efficient.kernels.quantize.triton import _kernel as quantize_kernel
-from vit_efficient.kernels.tuning import Shape, _shipped, pick
+from vit_efficient.kernels.tuning import Shape, Tile, _shipped, pick
 
 pytestmark = pytest.mark.slow
 SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448}  # bytes that a program may have
@@ -60,8 +63,8 @@ LINEAR = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
-def test_linear_layers(chip: str, op: str, name: str) -> None:
+def linear_layer(chip: str, op: str, name: str, full: bool = True) -> tuple[Any, Tile]:
+    """The kernel with the shipped tile; of fp8 sums `full`, if the operator's are."""
     name, _, vectors = name.partition(" ")
     found = pick(_shipped()[chip], f"{op}.{name}", Shape(50432, 1024, 3072))
     assert found is not None
@@ -90,14 +93,43 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
         part = f"[{tile.block_m}, {tile.block_n // tile.parts}]"
         types |= {"residual": f"tensordesc<bf16{part}>" if described else "*bf16", "gamma": "*bf16"}
     constants = {
-        "FP8": fp8, "PROMOTE": 128 if op == "fp8_linear" and described else 0, "LAYOUT": form.layout, "GELU": form.gelu,
-        "QUANT": form.quant, "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROW_SCALES": True,
-        "COLUMN_SCALES": True, "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
+        "FP8": fp8, "PROMOTE": min(PROMOTE, tile.block_k) if op == "fp8_linear" and full else 0,
+        "LAYOUT": form.layout, "GELU": form.gelu, "QUANT": form.quant, "LARGEST": 448 if fp8 else 127,
+        "INTEGER": not fp8, "ROW_SCALES": True, "COLUMN_SCALES": True,
+        "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
         "RESIDUAL_DESCRIPTOR": described, "ALONE": False,
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    kernel = compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages)
+    return compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages), tile
+
+
+def spills(ptx: str, folder: Path) -> list[int]:
+    """Bytes that the assembler for sm_89 stores and loads because registers do not suffice."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [get_ptxas(89).path, "-v", "--gpu-name=sm_89", str(folder / "kernel.ptx"), "-o", str(folder / "cubin")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [int(size) for size in re.findall(r"(\d+) bytes spill", said)]
+
+
+@pytest.mark.parametrize("name", ["plain", "gelu_quant", "heads_quant"])
+def test_full_sums_are_added_outside_the_matrix_units_of_ada(name: str, tmp_path: Path) -> None:
+    """One addition more for each number that a thread sums, every block of inputs; and registers for both."""
+    added = []
+    for full in (False, True):
+        kernel, tile = linear_layer("sm_89", "fp8_linear", name, full)
+        assert tile.block_k <= PROMOTE
+        assert spills(kernel.asm["ptx"], tmp_path) == [0, 0]
+        added.append(len(re.findall(r"add(?:\.rn)?\.f32", kernel.asm["ptx"])))
+    assert added[1] - added[0] == tile.block_m * tile.block_n // (tile.warps * 32)
+
+
+@pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
+def test_linear_layers(chip: str, op: str, name: str) -> None:
+    described = chip == "sm_90"
+    kernel, tile = linear_layer(chip, op, name)
     assert kernel.metadata.shared <= SHARED[chip]
     assert (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
     assert ("wgmma.mma_async" if chip == "sm_90" else "mma.sync") in kernel.asm["ptx"]
@@ -143,3 +175,10 @@ def test_quantization(chip: str, fp8: bool) -> None:
     constants = {"QUANT": "token", "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROWS": 4, "BLOCK": 1024}
     kernel = compiled(quantize_kernel, types, constants, chip, 4, 3)
     assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]) == fp8
+
+
+@pytest.mark.parametrize(("chip", "code"), [("sm_80", "i8"), ("sm_89", "fp8e4nv"), ("sm_90", "fp8e4nv")])
+def test_what_codes_stand_for(chip: str, code: str) -> None:
+    types = {"codes": f"*{code}", "scales": "*fp32", "y": "*bf16", "stride": "i32"}
+    kernel = compiled(dequantize_kernel, types, {"ROW_SCALES": True, "ROWS": 1, "BLOCK": 1024}, chip, 1, 3)
+    assert "st.global.v4" in kernel.asm["ptx"]  # 16 bytes at once

@@ -88,13 +88,47 @@ CASES: list[tuple[Any, list[Any]]] = [
     (op._layernorm_quant, [torch.rand(D), torch.rand(D), EPS, "int8", None]),
     (op._add_layernorm, [torch.randn(T, D), torch.rand(D), None, None, EPS, torch.float16]),
     (op._add_layernorm_quant, [torch.randn(T, D).bfloat16(), None, None, None, EPS, "fp8", torch.tensor([0.1])]),
+    (op._add_layernorm_quant, [torch.randn(D, T).t(), torch.rand(D), None, None, EPS, "int8", None]),
 ]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_operators_keep_pytorchs_rules(case: int) -> None:
+def test_operators_keep_pytorchs_rules(case: int, transposed: bool) -> None:
     operator, rest = CASES[case]
-    torch.library.opcheck(operator, (torch.randn(T, D), *rest))
+    torch.library.opcheck(operator, (torch.randn(D, T).t() if transposed else torch.randn(T, D), *rest))
+    torch.library.opcheck(operator, (torch.randn(2 * T, 2 * D)[::2, ::2], *rest))
+
+
+@pytest.mark.parametrize("scales", [torch.rand(T, 1), torch.rand(1, 1), torch.rand(1, T).t()])
+def test_what_codes_stand_for(scales: Tensor) -> None:
+    for codes in (torch.randint(-127, 128, (D, T), dtype=torch.int8).t(), torch.randn(T, D).to(torch.float8_e4m3fn)):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = quantization.dequantize(codes, scales, dtype)
+            assert torch.equal(found, (codes.float() * scales).to(dtype))
+            assert found.is_contiguous()
+            utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(quantization.dequantize, (codes, scales, dtype), test_utils=utils)
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_what_is_made_of_transposed_inputs_is_contiguous(form: str) -> None:
+    """As the compiler takes it to be: it would stop at other strides."""
+    x, residual, gamma, weight, bias = parameters()
+    x, residual = (one.transpose(1, 2).contiguous().transpose(1, 2) for one in (x, residual))
+    flat = x[0], residual[0]
+
+    def work(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        normed = op.layernorm(x, weight, bias, EPS), *op.add_layernorm(x, residual, gamma, weight, bias, EPS)
+        codes = *op.layernorm_quant(x, weight, bias, EPS, form), *quantization.quantize(x, form)
+        added = op.add_layernorm_quant(x, residual, gamma, weight, bias, EPS, form)
+        return tuple(one.float() * 2 for one in (*normed, *codes, *added))
+
+    assert all(one.is_contiguous() for one in quantization._quantize(flat[0], form, None, None, None, None))
+    compiled = torch.compile(work, backend="aot_eager", fullgraph=True)
+    for operands in ((x, residual), flat):
+        for found, expected in zip(compiled(*operands), work(*operands), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_they_compile_without_a_break_from_strided_inputs() -> None:

@@ -152,6 +152,22 @@ def test_operators_keep_pytorchs_rules(case: int) -> None:
     others = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     # The check of the schema compares inputs before and after, which PyTorch cannot do with e4m3.
     torch.library.opcheck(operator, (*flat("fp8"), *rest), test_utils=others)
+    for form in FORMS:  # strides change nothing in what is returned
+        strided = [transposed(x) if isinstance(x, Tensor) and x.ndim == 2 else x for x in (*flat(form), *rest)]
+        torch.library.opcheck(operator, tuple(strided), test_utils=others)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same matrix, its columns contiguous."""
+    return x.t().contiguous().t()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_inputs_leave_the_bias(form: str) -> None:
+    q, scale, weight, weight_scale, bias = operands(form)
+    y = op.linear(q[..., :0], scale, weight[:, :0], weight_scale, bias, dtype=torch.float32)
+    assert torch.equal(y, bias.expand_as(y))
+    assert op.linear(q, scale, weight[:0], weight_scale[:0], bias[:0], dtype=torch.float32).shape == (B, T, 0)
 
 
 def test_forms_compile_without_a_break() -> None:

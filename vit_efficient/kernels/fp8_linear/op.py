@@ -13,14 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.kernels.fp8_linear import reference
-from vit_efficient.kernels.fp8_linear.reference import (
-    FORMAT,
-    LARGEST,
-    Scheme,
-    dequantize,
-    quantize_activations,
-    quantize_weight,
-)
+from vit_efficient.kernels.fp8_linear.passes import dequantize, quantize_activations, quantize_weight
+from vit_efficient.kernels.fp8_linear.reference import FORMAT, LARGEST, Scheme
 
 FIRST_CAPABLE = (8, 9)  # compute capability with fp8 matrix units
 MULTIPLE = 16  # `torch._scaled_mm` wants K and N in these
@@ -143,7 +137,7 @@ class _Fp8Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if needs_x:
             grad_MK = grad_MN @ dequantize(q_NK, scale_N1, grad.dtype)
-            grad_MK = grad_MK if beyond_MK is None else grad_MK.masked_fill(beyond_MK, 0)
+            grad_MK = grad_MK if beyond_MK is None else grad_MK.masked_fill_(beyond_MK, 0)  # made just now
             grad_x = grad_MK.view(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
             grad_weight = (grad_MN.t() @ dequantize(q_MK, scale_M1, grad.dtype)).to(ctx.weight_dtype)

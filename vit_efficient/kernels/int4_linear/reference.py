@@ -55,12 +55,33 @@ def int4_linear(
         activations: whether they are quantized to int8, with a scale a token.
         dtype: of the result, and of the operands where activations are not quantized.
     """
-    inputs = x_MK.shape[1]
-    q_NK, scale_NG = codes_of(packed_NK, zero_NG, inputs, group), scale_NG.to(torch.float32)
     if activations == "token":
         q_MK, scale_M1 = int8.quantize_rows(x_MK)
-        sum_MN = int8.grouped_matmul(q_MK, q_NK, scale_NG, group)
-        return int8.epilogue(sum_MN, scale_M1, torch.ones_like(scale_NG[:, 0]), bias_N, dtype)
+        return int4_linear_codes(q_MK, scale_M1, packed_NK, scale_NG, zero_NG, bias_N, group=group, dtype=dtype)
+    inputs = x_MK.shape[1]
+    q_NK, scale_NG = codes_of(packed_NK, zero_NG, inputs, group), scale_NG.to(torch.float32)
     weight_NK = (q_NK.to(torch.float32) * scale_NG.repeat_interleave(group, dim=1)[:, :inputs]).to(dtype)
     with torch.autocast(x_MK.device.type, enabled=False):
         return F.linear(x_MK.to(dtype), weight_NK, None if bias_N is None else bias_N.to(dtype))
+
+
+def int4_linear_codes(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    packed_NK: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    bias_N: Tensor | None,
+    *,
+    group: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same from activations that are quantized already: (M, N) in `dtype`.
+
+    Args:
+        q_MK: their codes, int8.
+        scale_M1: the scales of rows, (M, 1) or (1, 1) float32.
+    """
+    q_NK, scale_NG = codes_of(packed_NK, zero_NG, q_MK.shape[1], group), scale_NG.to(torch.float32)
+    sum_MN = int8.grouped_matmul(q_MK, q_NK, scale_NG, group)
+    return int8.epilogue(sum_MN, scale_M1, scale_NG.new_ones(scale_NG.shape[0]), bias_N, dtype)

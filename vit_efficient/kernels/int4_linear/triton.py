@@ -131,29 +131,58 @@ def int4_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.int4_linear`."""
+    weight = packed_NK, scale_NG, zero_NG
+    if activations == "token":
+        q_MK, scale_M1 = quantize(x_MK, "int8", None)
+        return int4_linear_codes(q_MK, scale_M1, *weight, bias_N, group, dtype)
+    return _launch(x_MK.to(dtype), None, *weight, None if bias_N is None else bias_N.to(dtype), group, dtype)
+
+
+def int4_linear_codes(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    packed_NK: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    bias_N: Tensor | None,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.int4_linear_codes`."""
+    scale_M1 = scale_M1.expand(q_MK.shape[0], 1).contiguous()
+    return _launch(q_MK, scale_M1, packed_NK, scale_NG, zero_NG, bias_N, group, dtype)
+
+
+def _launch(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    packed_NK: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    bias_N: Tensor | None,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product of codes with their scales, or of what has the dtype that is multiplied in, and no scales."""
     (rows, inputs), (outputs, groups) = x_MK.shape, scale_NG.shape
-    integer = activations == "token"
-    if integer:
-        x_MK, x_scale = quantize(x_MK, "int8", None)
-    else:
-        x_MK, x_scale = with_rows(x_MK.to(dtype)), None
-        bias_N = None if bias_N is None else bias_N.to(dtype)
+    x_MK, integer = with_rows(x_MK), x_scale is not None
     tile = choose("int4_linear", x_MK.device, Shape(rows, inputs, outputs))
     tiles = -(-rows // tile.block_m) * -(-outputs // tile.block_n)
     split = parts(rows, tiles, groups, _processors(x_MK.device))
     y_MN = torch.empty((rows, outputs), dtype=dtype, device=x_MK.device)
     partial = torch.empty((split, rows, outputs), device=x_MK.device) if split > 1 else None
-    int4_kernel[(tiles, split)](
-        x_MK, x_scale, packed_NK.contiguous(), scale_NG.contiguous(),
-        None if zero_NG is None else zero_NG.contiguous(), bias_N, y_MN, partial,
-        rows, outputs, inputs, packed_NK.shape[1], groups, x_MK.stride(0),
-        GROUP=group, PARTS=split, INTEGER=integer, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-    )  # fmt: skip
-    if partial is not None:
-        block = 256
-        add_parts_kernel[(rows, -(-outputs // block))](
-            partial, x_scale, bias_N, y_MN, rows, outputs, PARTS=split, INTEGER=integer, BLOCK=block,
-            num_warps=2, enable_fp_fusion=False,
+    with torch.cuda.device_of(x_MK):
+        int4_kernel[(tiles, split)](
+            x_MK, x_scale, packed_NK.contiguous(), scale_NG.contiguous(),
+            None if zero_NG is None else zero_NG.contiguous(), bias_N, y_MN, partial,
+            rows, outputs, inputs, packed_NK.shape[1], groups, x_MK.stride(0),
+            GROUP=group, PARTS=split, INTEGER=integer, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+        if partial is not None:
+            block = 256
+            add_parts_kernel[(rows, -(-outputs // block))](
+                partial, x_scale, bias_N, y_MN, rows, outputs, PARTS=split, INTEGER=integer, BLOCK=block,
+                num_warps=2, enable_fp_fusion=False,
+            )  # fmt: skip
     return y_MN

@@ -108,7 +108,7 @@ class _Int8Linear(torch.autograd.Function):
                 grad_MK, grad_input_scale = _given_range(grad_MK, x_or_clipped, input_scale, -largest, largest)
                 grad_input_scale = grad_input_scale.sum().view(input_scale.shape)
             elif x_or_clipped is not None:
-                grad_MK = grad_MK.masked_fill(x_or_clipped, 0)
+                grad_MK = grad_MK.masked_fill_(x_or_clipped, 0)  # made just now
             grad_x = grad_MK.view(ctx.x_shape).to(ctx.x_dtype) if needs_x else None
         if needs_weight or needs_weight_scale:
             grad_NK = grad_MN.t() @ dequantize_rows(q_MK, scale_M1, grad.dtype)

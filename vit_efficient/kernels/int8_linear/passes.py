@@ -28,7 +28,7 @@ def _blocks(tensor: Tensor) -> list[slice]:
 
 
 def _in_one_kernel(x_MK: Tensor) -> bool:
-    """Whether a kernel quantizes these rows."""
+    """Whether a kernel takes these rows."""
     return runs_triton(x_MK) and x_MK.numel() > 0 and x_MK.shape[1] <= WIDEST_ROW
 
 
@@ -61,6 +61,8 @@ def dequantize_rows(q_MK: Tensor, scale_M1: Tensor, dtype: torch.dtype) -> Tenso
     """`reference.dequantize_rows` of a matrix."""
     if torch.compiler.is_compiling():
         return reference.dequantize_rows(q_MK, scale_M1, dtype)
+    if _in_one_kernel(q_MK):
+        return quantization.dequantize(q_MK, scale_M1, dtype)
     x_MK = torch.empty(q_MK.shape, dtype=torch.float32, device=q_MK.device)
     for rows in _blocks(x_MK):
         x_MK[rows].copy_(q_MK[rows]).mul_(scale_M1[rows])

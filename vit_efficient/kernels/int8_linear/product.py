@@ -24,6 +24,8 @@ def int8_matmul(q_MK: Tensor, q_NK: Tensor) -> Tensor:
     """
     if q_MK.shape[1] > WIDEST:
         raise ValueError(f"int8_matmul: {q_MK.shape[1]:,} inputs can overflow int32; {WIDEST:,} is the most.")
+    if 0 in (*q_MK.shape, q_NK.shape[0]):  # which libraries refuse
+        return q_MK.new_zeros((q_MK.shape[0], q_NK.shape[0]), dtype=torch.int32)
     if q_MK.device.type == "cuda":
         return _cuda_matmul(q_MK, q_NK)
     if q_MK.device.type == "cpu" and cpu_int_mm_is_exact():

@@ -1,6 +1,7 @@
 """(Residual add +) LayerNorm (+ quantization) as operators: one pass over the row on a GPU.
 
-`reference` is the definition and says what each returns. Inputs may be strided. No gradients.
+`reference` is the definition and says what each returns. Inputs may be strided; what is returned is contiguous, which
+the compiler is told. No gradients.
 
 Shapes: M rows (all leading dimensions flattened: tokens), D columns.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_efficient.kernels.device import runs_triton
+from vit_efficient.kernels.device import check_form, runs_triton
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.layernorm_quant import reference
 
@@ -21,7 +22,7 @@ def _layernorm(x_MD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps
         from vit_efficient.kernels.layernorm_quant import triton
 
         return triton.layernorm(x_MD, weight_D, bias_D, eps, dtype)
-    return reference.layernorm(x_MD, weight_D, bias_D, eps, dtype)
+    return reference.layernorm(x_MD, weight_D, bias_D, eps, dtype).contiguous()
 
 
 @_layernorm.register_fake
@@ -33,12 +34,13 @@ def _(x_MD, weight_D, bias_D, eps, dtype):  # type: ignore[no-untyped-def]
 def _layernorm_quant(
     x_MD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps: float, form: str, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_form(form, x_MD)
     if runs_triton(x_MD) and x_MD.numel():
         from vit_efficient.kernels.layernorm_quant import triton
 
         return triton.layernorm_quant(x_MD, weight_D, bias_D, eps, form, scale)
     codes, scales = reference.layernorm_quant(x_MD, weight_D, bias_D, eps, form, scale)
-    return codes, scales.contiguous()
+    return codes.contiguous(), scales.contiguous()
 
 
 @_layernorm_quant.register_fake
@@ -60,7 +62,8 @@ def _add_layernorm(
         from vit_efficient.kernels.layernorm_quant import triton
 
         return triton.add_layernorm(x_MD, residual_MD, gamma_D, weight_D, bias_D, eps, dtype)
-    return reference.add_layernorm(x_MD, residual_MD, gamma_D, weight_D, bias_D, eps, dtype)
+    y_MD, new_MD = reference.add_layernorm(x_MD, residual_MD, gamma_D, weight_D, bias_D, eps, dtype)
+    return y_MD.contiguous(), new_MD.contiguous()
 
 
 @_add_layernorm.register_fake
@@ -79,12 +82,13 @@ def _add_layernorm_quant(
     form: str,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_form(form, x_MD)
     if runs_triton(x_MD) and x_MD.numel():
         from vit_efficient.kernels.layernorm_quant import triton
 
         return triton.add_layernorm_quant(x_MD, residual_MD, gamma_D, weight_D, bias_D, eps, form, scale)
     codes, scales, new = reference.add_layernorm_quant(x_MD, residual_MD, gamma_D, weight_D, bias_D, eps, form, scale)
-    return codes, scales.contiguous(), new
+    return codes.contiguous(), scales.contiguous(), new.contiguous()
 
 
 @_add_layernorm_quant.register_fake
@@ -125,6 +129,9 @@ def layernorm_quant(
 
     Returns:
         codes (..., D), scales (..., 1) float32.
+
+    Raises:
+        UserError: fp8 codes on a GPU that has no units to multiply them.
     """
     codes, scales = _layernorm_quant(x.reshape(-1, x.shape[-1]), weight_D, bias_D, eps, form, scale)
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)

@@ -19,12 +19,13 @@ Arguments that all share:
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vit_efficient.kernels.device import require_fp8, runs_triton
+from vit_efficient.kernels.device import check_form, require_fp8, runs_triton
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.int8_linear.reference import WIDEST
 from vit_efficient.kernels.linear import reference
@@ -34,7 +35,7 @@ Accumulation = Literal["full", "fast"]
 
 
 def _on_gpu(q_MK: Tensor, q_NK: Tensor) -> bool:
-    """Whether the kernel runs; checks that these codes can be multiplied at all."""
+    """Whether the kernel runs, which takes no sums of nothing; checks that these codes can be multiplied at all."""
     if q_MK.dtype != q_NK.dtype:
         raise ValueError(f"linear: codes of tokens are {q_MK.dtype}, those of the weight {q_NK.dtype}; they must agree")
     if q_MK.dtype == torch.int8:
@@ -85,6 +86,7 @@ def _linear_quant(
     form: str,
     fast: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_form(form, q_MK)
     if _on_gpu(q_MK, q_NK):
         from vit_efficient.kernels.linear import launch
 
@@ -165,6 +167,7 @@ def _linear_heads_quant(
     scale_P: Tensor | None,
     fast: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_form(form, q_MK)
     if _on_gpu(q_MK, q_NK):
         from vit_efficient.kernels.linear import launch
 
@@ -189,7 +192,7 @@ def _heads_shape(q_MK: Tensor, q_NK: Tensor, tokens: int, heads: int, parts: int
 
 def _flat(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (M, K) and scales (M, 1) or (1, 1)."""
-    return q.reshape(-1, q.shape[-1]), scale.reshape(-1, 1)
+    return q.reshape(math.prod(q.shape[:-1]), q.shape[-1]), scale.reshape(-1, 1)  # -1 is ambiguous without inputs
 
 
 def linear(

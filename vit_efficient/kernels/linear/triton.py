@@ -219,10 +219,12 @@ def _product(
         w = _load(b, b_stride, first_column, k, N, K, DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K)
         if not FP8:
             sums = tl.dot(x, w.T, sums, out_dtype=tl.int32)
-        elif PROMOTE:
-            sums = tl.dot(x, w.T, sums, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
-        else:
+        elif not PROMOTE:
             sums = tl.dot(x, w.T, sums, out_dtype=tl.float32)
+        elif DESCRIPTORS:
+            sums = tl.dot(x, w.T, sums, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
+        else:  # the compiler promotes Hopper's sums only; with this argument it leaves the addition where it is
+            sums += tl.dot(x, w.T, out_dtype=tl.float32, max_num_imprecise_acc=PROMOTE)
     return sums
 
 
@@ -241,9 +243,9 @@ def linear_kernel(
     """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says, and
     `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
 
-    PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over; 0: all of them. PARTS: that a
-    tile is finished in, side by side. ALONE: each program has one tile, whole; what its end needs is loaded before the
-    product, and waits for nothing behind it.
+    PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over (by pointers, BLOCK_K of them if
+    that is more); 0: all of them. PARTS: that a tile is finished in, side by side. ALONE: each program has one tile,
+    whole; what its end needs is loaded before the product, and waits for nothing behind it.
     """
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)

@@ -1,5 +1,7 @@
 """Quantization of rows on its own, as an operator: in one pass on a GPU, by the definition elsewhere.
 
+What operators return is contiguous, whatever their inputs' strides: the compiler is told so.
+
 Shapes: M rows (all leading dimensions flattened), K columns.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_efficient.kernels.device import runs_triton
+from vit_efficient.kernels.device import check_form, require_fp8, runs_triton
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.quantize import reference
 
@@ -22,12 +24,13 @@ def _quantize(
     smooth_K: Tensor | None,
     reciprocal_K: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_form(form, x_MK)
     if runs_triton(x_MK) and x_MK.numel():
         from vit_efficient.kernels.quantize import triton
 
         return triton.quantize(x_MK, form, scale, shift_K, smooth_K, reciprocal_K)
     codes, scales = reference.quantize(x_MK, form, scale, shift_K, smooth_K)
-    return codes, scales.contiguous()
+    return codes.contiguous(), scales.contiguous()
 
 
 @_quantize.register_fake
@@ -44,7 +47,7 @@ def quantize_clipping(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, T
 
         return triton.quantize_clipping(x_MK, form, scale)
     codes, scales = reference.quantize(x_MK, form, scale)
-    return codes, scales.contiguous(), reference.beyond(x_MK, form, scale)
+    return codes.contiguous(), scales.contiguous(), reference.beyond(x_MK, form, scale).contiguous()
 
 
 @quantize_clipping.register_fake
@@ -52,6 +55,28 @@ def _(x_MK: Tensor, form: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = x_MK.new_empty(x_MK.shape, dtype=format_of(form).dtype)
     scales = x_MK.new_empty((x_MK.shape[0], 1), dtype=torch.float32)
     return codes, scales, x_MK.new_empty(x_MK.shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("vit_efficient::dequantize", mutates_args=())
+def dequantize(codes_MK: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize` of a matrix, in one pass on a GPU: (M, K) in `dtype`.
+
+    Args:
+        codes_MK: int8 or e4m3, of up to `rows.WIDEST` columns.
+        scales: (M, 1) or (1, 1) float32.
+    """
+    if runs_triton(codes_MK) and codes_MK.numel():
+        if codes_MK.dtype != torch.int8:
+            require_fp8(codes_MK)
+        from vit_efficient.kernels.quantize import triton
+
+        return triton.dequantize(codes_MK, scales, dtype)
+    return reference.dequantize(codes_MK, scales, dtype).contiguous()
+
+
+@dequantize.register_fake
+def _(codes_MK: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape, dtype=dtype)
 
 
 def reciprocal_of(smooth_K: Tensor | None, at_hand: Tensor | None) -> Tensor | None:
@@ -78,7 +103,10 @@ def quantize(
         reciprocal_K: ``1 / smooth_K``, if it is at hand; else it is made here. Results do not depend on it.
 
     Returns:
-        codes (..., K), contiguous, and scales (..., 1) float32.
+        codes (..., K) and scales (..., 1) float32, both contiguous.
+
+    Raises:
+        UserError: fp8 codes on a GPU that has no units to multiply them.
     """
     vectors = shift_K, smooth_K, reciprocal_of(smooth_K, reciprocal_K)
     codes, scales = _quantize(x.reshape(-1, x.shape[-1]), form, scale, *vectors)

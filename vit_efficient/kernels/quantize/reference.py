@@ -59,3 +59,8 @@ def beyond(x: Tensor, form: str, scale: Tensor) -> Tensor:
     Rounded first: what is rounded to the last code is not beyond it. Integers only; a NaN is not beyond.
     """
     return (x.to(torch.float32) / scale.reshape(())).round().abs() > format_of(form).largest
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scales``, (..., K), multiplied in float32, then rounded to `dtype`; scales (..., 1), or one in all."""
+    return (codes.to(torch.float32) * scales).to(dtype)

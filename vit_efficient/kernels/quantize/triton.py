@@ -38,6 +38,21 @@ def _kernel(
         tl.store(beyond + row[:, None] * K + column[None, :], (far & (y == y)).to(tl.int8), mask=there)
 
 
+@triton.jit
+def _dequantize_kernel(
+    codes, scales, y, M, K, stride, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = (row < M)[:, None] & (column < K)[None, :]
+    value = tl.load(codes + row[:, None] * stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if ROW_SCALES:
+        value = value * tl.load(scales + row, mask=row < M, other=0.0)[:, None]
+    else:
+        value = value * tl.load(scales)
+    tl.store(y + row[:, None] * K + column[None, :], value.to(y.dtype.element_ty), mask=there)
+
+
 def quantize(
     x_MK: Tensor,
     form: str,
@@ -78,3 +93,17 @@ def _launch(
             ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
+
+
+def dequantize(codes_MK: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize` of a matrix."""
+    codes_MK, scales = with_rows(codes_MK), scales.contiguous()
+    rows, columns = codes_MK.shape
+    y_MK = torch.empty((rows, columns), dtype=dtype, device=codes_MK.device)
+    plan = row_launch(rows, columns, codes_MK.device)
+    with torch.cuda.device_of(codes_MK):
+        _dequantize_kernel[(plan.programs,)](
+            codes_MK, scales, y_MK, rows, columns, codes_MK.stride(0), ROW_SCALES=scales.numel() > 1,
+            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y_MK
