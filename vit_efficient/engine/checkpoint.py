@@ -91,8 +91,11 @@ def _own_group() -> dist.ProcessGroup:
 def _write_file(path: Path, checkpoint: dict[str, Any], group: object) -> None:
     try:
         atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except OSError as error:
         raise write_error(path, str(error)) from error
+    except RuntimeError as error:  # torch's zip writer says only at which byte it stopped
+        cause = "nothing more can be written there (a full disk, a quota, or a limit on files)"
+        raise write_error(path, cause if "unexpected pos" in str(error) else str(error)) from error
 
 
 def _write_folder(path: Path, checkpoint: dict[str, Any], group: dist.ProcessGroup | None) -> None:

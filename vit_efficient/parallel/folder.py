@@ -6,11 +6,13 @@ the size and checksum of every other. A folder is written under another name and
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +64,8 @@ def write_folder(path: Path, checkpoint: Mapping[str, Any], group: dist.ProcessG
         _each(group, partial(_finish, temporary, path, checkpoint, sums) if first else None)
     except (dcp.CheckpointException, _PartError) as error:
         if first:
-            remove(temporary)
+            with suppress(OSError):  # the same trouble again
+                remove(temporary)
         dist.barrier(group)  # a process that leaves with an error ends the others, and the first has to clear away
         raise write_error(path, _cause(error)) from error
 
@@ -102,8 +105,10 @@ def _finish(temporary: Path, path: Path, checkpoint: Mapping[str, Any], sums: li
     for part in sums:
         files |= part or {}
     places = [place for place, _ in _tensors(checkpoint)]
+    rest = io.BytesIO()  # to a file that cannot be written, torch's zip writer says only where it stopped
+    torch.save({"tree": _without_tensors(checkpoint), "places": places, "files": files}, rest)
     with open(temporary / REST, "wb") as file:
-        torch.save({"tree": _without_tensors(checkpoint), "places": places, "files": files}, file)
+        file.write(rest.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     sync(temporary)
