@@ -93,9 +93,8 @@ def _write_file(path: Path, checkpoint: dict[str, Any], group: object) -> None:
         atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
     except OSError as error:
         raise write_error(path, str(error)) from error
-    except RuntimeError as error:  # torch's zip writer says only at which byte it stopped
-        cause = "nothing more can be written there (a full disk, a quota, or a limit on files)"
-        raise write_error(path, cause if "unexpected pos" in str(error) else str(error)) from error
+    except RuntimeError as error:  # torch's zip writer says at which byte it stopped, and not why
+        raise write_error(path, f"a full disk, a quota, or a limit on files ({error})") from error
 
 
 def _write_folder(path: Path, checkpoint: dict[str, Any], group: dist.ProcessGroup | None) -> None:
