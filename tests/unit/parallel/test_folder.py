@@ -94,7 +94,7 @@ def flip_rest(folder: Path) -> None:
     flip(folder / REST, (folder / REST).read_bytes().index(b"param_groups"))
 
 
-HARMS = {
+HARMS: dict[Callable[[Path], None], str] = {
     truncate: "bytes of", lose: "distcp is missing", lose_rest: f"{REST} is missing", garble: f"the part {INDEX} has",
     flip_weight: "distcp do not have the checksum", flip_rest: f"{REST}: ",
 }  # fmt: skip
