@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up(
     assert process.returncode == 2, printed
     assert "Cannot write the checkpoint" in printed
     assert "bytes free" in printed
-    assert ("No space left on device" if strategy == SHARDED else "a full disk") in printed
+    assert "No space left on device" in printed or (strategy != SHARDED and "a full disk" in printed)
     assert "Traceback" not in printed, printed
     newest = run / "checkpoints" / f"step-{steps(run)[-1]:08d}.ckpt"
     read_checkpoint(newest)
