@@ -81,7 +81,9 @@ def parser() -> Parser:
         "run with adapters: what was trained; `export merge` makes one model of adapters and base.",
         allow_abbrev=False,
     )
-    weights.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest), or a checkpoint")
+    weights.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest whole one), or a checkpoint"
+    )
     weights.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
     weights.add_argument("--live", action="store_true", help="the weights as trained, not their moving average")
     weights.add_argument(
@@ -100,7 +102,11 @@ def consolidate(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.measure.units import size
 
     check_free(options.out)
-    made = write(options.source, options.out, live=options.live, trust=options.trust)
+
+    def say(line: str) -> None:
+        console.print(f"[bold]{'damaged':>13}[/]  {line}", soft_wrap=True)
+
+    made = write(options.source, options.out, live=options.live, trust=options.trust, say=say)
     kind = "their moving average" if made.averaged else "as trained"
     rows = [
         ("checkpoint", f"{made.path}, step {made.step:,}"),

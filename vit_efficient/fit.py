@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from vit_efficient.cli import base_parser, run_command
 from vit_efficient.cluster.early import StoppedOutside, stop_at_once
@@ -128,6 +129,7 @@ def fit(options: argparse.Namespace, console: Console) -> None:
     title = f"{recipe.variant} on {recipe.protocol}"
     if run.finished and options.resume != "none":
         console.print(f"{run.path} is finished already; its figures:")
+        say_differences(run, recipe, console)
         print_result(console, title, json.loads(run.metrics.read_text(encoding="utf-8")))
         return
     if checkpoint is None:
@@ -143,6 +145,21 @@ def fit(options: argparse.Namespace, console: Console) -> None:
         if checkpoint is None and rank() == 0:  # another job may have been here a moment ago
             run.check_new(again=options.resume == "auto")
         train_in(run, checkpoint, recipe, machine, options, console)
+
+
+def say_differences(run: RunDir, recipe: Recipe, console: Console) -> None:
+    """Say where a finished run's recipe is not the one that was asked for: its figures are of the run's own."""
+    from vit_efficient.engine.resume import differences
+
+    saved = load_recipe(str(run.recipe)).recipe.model_dump(mode="json")
+    rows = differences(saved, recipe.model_dump(mode="json"))
+    if rows:
+        lines = "".join(f"\n    {escape(row)}" for row in rows)
+        console.print(
+            f"[bold]{'note':>13}[/]  they are of another recipe than this command asks for, which was not trained:"
+            f"{lines}\n  To train it, begin a new run: leave out `--resume`.",
+            soft_wrap=True,
+        )
 
 
 def train_in(

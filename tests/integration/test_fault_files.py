@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 
 from vit_efficient.engine.checkpoint import read_checkpoint
+from vit_efficient.engine.integrity import damage
 
 Start = Callable[..., subprocess.Popen[str]]
 Command = Callable[..., str]
 WORDS = ("--recipe", "fp32_sdpa", "data.workers=0", "checkpoint.every_steps=1")
+TWO = ("strategy.devices=2", "strategy.accelerator=cpu")
+SHARDED = ("strategy=fsdp", *TWO, "checkpoint.sharded=true")
 
 
 def steps(run: Path) -> list[int]:
@@ -82,6 +85,68 @@ def test_a_damaged_checkpoint(command: Command, stopped: Path, harm: Callable[[P
     assert json.loads((stopped / "metrics.json").read_text())["steps"] == 36
 
 
+@pytest.fixture(scope="module")
+def finished_in_parts(tmp_path_factory: pytest.TempPathFactory, cache: Path, small: Sequence[str]) -> Path:
+    """A run whose checkpoints are folders, of steps 34 and 36, to the end."""
+    folder = tmp_path_factory.mktemp("sharded")
+    environment = {**os.environ, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "vit_efficient.fit", *WORDS[:3], *small, *SHARDED, "checkpoint.every_steps=5"]
+    done = subprocess.run(
+        [*words, "run.dir=run"], cwd=folder, env=environment, text=True, capture_output=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def in_parts(finished_in_parts: Path, tmp_path: Path) -> Path:
+    """The same, killed before its last figures."""
+    shutil.copytree(finished_in_parts, tmp_path / "run", symlinks=True)
+    unfinished(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip_in_parts(folder: Path) -> None:
+    """A bit of a number in some part: neither DCP nor torch looks."""
+    flip(max(folder.glob("__1_*.distcp"), key=lambda part: part.stat().st_size))
+
+
+def truncate_a_part(folder: Path) -> None:
+    truncate(folder / "__1_0.distcp")
+
+
+def lose_a_part(folder: Path) -> None:
+    (folder / "__0_0.distcp").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [flip_in_parts, truncate_a_part, lose_a_part])
+def test_a_damaged_checkpoint_in_parts(command: Command, in_parts: Path, harm: Callable[[Path], None]) -> None:
+    newest = in_parts / "checkpoints" / "step-00000036.ckpt"
+    harm(newest)
+    printed = command("fit", "--resume", "run/checkpoints/step-00000036.ckpt", code=2)
+    assert "It is damaged" in printed
+    printed = command("fit", "--resume", "run")
+    assert "step-00000036.ckpt is damaged" in printed
+    assert "going back to run/checkpoints/step-00000034.ckpt" in printed
+    assert json.loads((in_parts / "metrics.json").read_text())["steps"] == 36
+    assert damage(newest) is None  # written again
+
+
+@pytest.mark.slow
+def test_commands_that_read_a_damaged_checkpoint(command: Command, in_parts: Path) -> None:
+    """They take the newest whole one of a run, and say so; what was named is refused."""
+    flip_in_parts(in_parts / "checkpoints" / "step-00000036.ckpt")
+    printed = command("export", "consolidate", "run", "--out", "weights.safetensors")
+    assert "step-00000036.ckpt is damaged" in printed
+    assert "step-00000034.ckpt, step 34" in printed
+    printed = command("evaluate", "--checkpoint", "run", "strategy=single", "checkpoint.sharded=false")
+    assert "step-00000036.ckpt is damaged" in printed
+    for words in (("evaluate", "--checkpoint"), ("export", "consolidate", "--out", "w.safetensors")):
+        printed = command(*words, "run/checkpoints/last.ckpt", code=2)
+        assert "It is damaged" in printed
+
+
 def test_all_checkpoints_damaged(command: Command, small: Sequence[str], stopped: Path) -> None:
     for path in (stopped / "checkpoints").glob("step-*.ckpt"):
         truncate(path)
@@ -113,14 +178,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", [(), ("strategy=ddp", *TWO), SHARDED], ids=["alone", "ddp", "sharded"])
 def test_a_disk_that_fills_up(
-    start: Start, command: Command, small: Sequence[str], small_disk: Path, tmp_path: Path, ranks: int
+    start: Start, command: Command, small: Sequence[str], small_disk: Path, tmp_path: Path, strategy: tuple[str, ...]
 ) -> None:
     """The run ends with a message; with space again it goes on from the last checkpoint, which is whole."""
-    ddp = ("strategy=ddp", "strategy.devices=2", "strategy.accelerator=cpu") if ranks == 2 else ()
     run = small_disk / "run"
-    process = start("fit", *WORDS, *small, *ddp, f"run.dir={run}", "data.audit=a.txt")
+    process = start("fit", *WORDS, *small, *strategy, f"run.dir={run}", "data.audit=a.txt")
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline and not [s for s in steps(run) if s >= 3]:
         time.sleep(0.05)
@@ -131,6 +195,7 @@ def test_a_disk_that_fills_up(
     assert process.returncode == 2, printed
     assert "Cannot write the checkpoint" in printed
     assert "bytes free" in printed
+    assert "No space left on device" in printed or (strategy != SHARDED and "a full disk" in printed)
     assert "Traceback" not in printed, printed
     newest = run / "checkpoints" / f"step-{steps(run)[-1]:08d}.ckpt"
     read_checkpoint(newest)

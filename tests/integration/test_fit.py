@@ -88,7 +88,14 @@ def test_the_resolved_recipe_reproduces_the_run(finished: Path, command: Command
 
 
 def test_a_finished_run_is_not_run_again(finished: Path, command: Command) -> None:
-    assert "finished already" in command("fit", "--resume", str(finished / "run"))
+    printed = command("fit", "--resume", str(finished / "run"))
+    assert "finished already" in printed
+    assert "another recipe" not in printed
+    printed = command("fit", "--resume", str(finished / "run" / "checkpoints" / "last.ckpt"), "optim.lr=1")
+    assert "finished already" in printed
+    assert "another recipe than this command asks for, which was not trained" in printed
+    assert "optim.lr: " in printed
+    assert ", 1.0 now" in printed
 
 
 def test_existing_run_is_not_overwritten(finished: Path, command: Command) -> None:

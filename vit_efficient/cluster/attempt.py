@@ -113,7 +113,7 @@ def _judge(run: Path, code: int, preempted: bool) -> tuple[int, str]:
     if code == 0:
         return 0, "finished"
     if Job.read(run).cancelled:
-        return code, "cancelled; not started again"
+        return 1 if code == AGAIN else code, "cancelled; not started again"  # a process may have ended with that code
     if said and said[0].kind == "mistake":
         return USER_ERROR, "stopped by a mistake that only you can mend (the message is above); not started again"
     # The first process to end tells why: srun ends the others with a signal of its own.

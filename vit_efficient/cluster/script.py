@@ -196,7 +196,7 @@ class Script:
 
     def _setup(self) -> list[str]:
         site, lines = self.site, []
-        lines += [f"module load {shlex.quote(name)}" for name in site.modules]
+        lines += [f"module load {shlex.quote(name)} || exit 2" for name in site.modules]
         lines += site.setup
         if site.scratch is not None:
             each = f"srun --nodes={self.request.nodes} --ntasks-per-node=1 " if self.request.nodes > 1 else ""

@@ -18,9 +18,9 @@ GPU_CORES, CPU_CORES = 8, 1  # cores of a process where nobody says: a loader ne
 
 # Compute capability of the GPU types that clusters offer, by how their names begin.
 CAPABILITIES = {
-    "p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "rtx6000": (7, 5), "a100": (8, 0), "a30": (8, 0), "a40": (8, 6),
-    "a10": (8, 6), "a6000": (8, 6), "rtx3090": (8, 6), "l4": (8, 9), "l40": (8, 9), "rtx4090": (8, 9),
-    "h100": (9, 0), "h200": (9, 0), "gh200": (9, 0), "b200": (10, 0),
+    "p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "rtx6000": (7, 5), "rtx8000": (7, 5), "a100": (8, 0), "a30": (8, 0),
+    "a40": (8, 6), "a10": (8, 6), "a6000": (8, 6), "rtx3090": (8, 6), "l4": (8, 9), "l40": (8, 9), "rtx4090": (8, 9),
+    "rtx6000ada": (8, 9), "h100": (9, 0), "h200": (9, 0), "gh200": (9, 0), "b200": (10, 0),
 }  # fmt: skip
 NEWEST = (9, 0)
 

@@ -76,6 +76,16 @@ def submit(script: Path, *options: str) -> str:
 
 def _advice(said: str) -> str:
     lower = said.lower()
+    if "configuration source" in lower:
+        return (
+            "  Slurm's commands are here, but neither a slurm.conf nor a controller that hands one out.\n"
+            "  Submit from a login node of the cluster, or ask its administrators. Nothing was started."
+        )
+    if "unable to contact" in lower:
+        return (
+            "  Its controller does not answer: it is down, or cannot be reached from here. `scontrol ping` asks it.\n"
+            "  Submit again later, or from a login node of the cluster. Nothing was started."
+        )
     if "partition" in lower:
         return _known("The partitions here", "%P %l", "Set `partition:` in the site file to one of them")
     if "node configuration is not available" in lower or "gres" in lower:

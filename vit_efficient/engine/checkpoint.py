@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from lightning.fabric.plugins import CheckpointIO
 from vit_efficient.engine.background import Writer, snapshot
 from vit_efficient.engine.integrity import damage
 from vit_efficient.errors import CheckpointError
-from vit_efficient.parallel.folder import has_parts, is_folder, read_folder, write_folder
+from vit_efficient.parallel.aside import remove, set_aside, sync
+from vit_efficient.parallel.folder import has_parts, is_folder, read_folder, write_error, write_folder
 
 STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 
@@ -36,12 +38,9 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o666 & ~mask)  # some writers make files that only their owner may read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with set_aside(path) if is_folder(path) else nullcontext():  # the run wrote folders before
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,7 +78,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        remove_checkpoint(Path(path))
+        remove(Path(path))
 
 
 def _own_group() -> dist.ProcessGroup:
@@ -92,13 +91,10 @@ def _own_group() -> dist.ProcessGroup:
 def _write_file(path: Path, checkpoint: dict[str, Any], group: object) -> None:
     try:
         atomic_write(path, lambda temporary: torch.save(checkpoint, temporary))
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise CheckpointError(
-            f"Cannot write the checkpoint {path}: {error}. There are {free:,} bytes free.\n"
-            "  What was half written is removed, and the checkpoints before it are untouched. Free some space, "
-            "then continue with `--resume auto`."
-        ) from error
+    except OSError as error:
+        raise write_error(path, str(error)) from error
+    except RuntimeError as error:  # torch's zip writer says at which byte it stopped, and not why
+        raise write_error(path, f"a full disk, a quota, or a limit on files ({error})") from error
 
 
 def _write_folder(path: Path, checkpoint: dict[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -106,17 +102,25 @@ def _write_folder(path: Path, checkpoint: dict[str, Any], group: dist.ProcessGro
 
 
 def name_checkpoint(source: Path, name: Path) -> None:
-    """Give a checkpoint a second name, atomically: a hard link, a copy where there are none, or a link to a folder."""
+    """Give a checkpoint a second name, atomically: a hard link, a copy where there are none, or a link to a folder.
+
+    Raises:
+        CheckpointError: the disk is full; a name that was there before is untouched.
+    """
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    if source.is_dir():
-        os.symlink(source.name, temporary, target_is_directory=True)
-    else:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-    os.replace(temporary, name)
+    try:
+        temporary.unlink(missing_ok=True)
+        if source.is_dir():
+            os.symlink(source.name, temporary, target_is_directory=True)
+        else:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+        os.replace(temporary, name)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(name, str(error)) from error
 
 
 def drop_checkpoints(newest: Path, keep: int) -> None:
@@ -129,15 +133,7 @@ def drop_checkpoints(newest: Path, keep: int) -> None:
     named = {p.resolve() for p in folder.iterdir() if p.is_symlink()}
     for old in steps[:-keep]:
         if old.resolve() not in named:
-            remove_checkpoint(old)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+            remove(old)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint, read_checkpoint
+from vit_efficient.engine.checkpoint import atomic_write, read_checkpoint
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.errors import CheckpointError
 from vit_efficient.parallel.folder import is_folder
@@ -37,24 +38,27 @@ class Consolidated:
     base: str | None
 
 
-def consolidate(target: str, out: Path, *, live: bool = False, trust: bool = False) -> Consolidated:
+def consolidate(
+    target: str, out: Path, *, live: bool = False, trust: bool = False, say: Callable[[str], None] = lambda line: None
+) -> Consolidated:
     """Write the weights of a checkpoint as one file, by timm's names.
 
     Of a run with adapters a checkpoint holds what is trained, adapters and head, and so does the file; `export merge`
     makes one model of adapters and base.
 
     Args:
-        target: a run's folder (its newest checkpoint), or a checkpoint, file or folder.
+        target: a run's folder (its newest checkpoint that is whole), or a checkpoint, file or folder.
         out: the file to write.
         live: take the weights as they were trained, not their moving average.
         trust: whether code in a folder that DeepSpeed itself wrote may run; no other checkpoint has any.
+        say: is told of each newer checkpoint of a run's folder that is damaged.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or there is a file of that name already.
     """
     if is_zero_folder(Path(target)):
         return _of_deepspeed(Path(target), out, trust=trust)
-    path = _find(Path(target))
+    path = _find(Path(target), say)
     checkpoint = read_checkpoint(path)
     average: dict[str, Any] = {} if live else checkpoint.get("average") or {}
     averaged = bool(average.get("steps"))
@@ -82,14 +86,14 @@ def _of_deepspeed(path: Path, out: Path, *, trust: bool) -> Consolidated:
     return Consolidated(path, step, len(own), out.stat().st_size, averaged=False, base=None)
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, say: Callable[[str], None]) -> Path:
     if path.is_file() or is_folder(path):
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is one file already. Consolidate makes such files of checkpoints.")
         return path
     if not path.is_dir():
         raise CheckpointError(f"There is no run folder or checkpoint at {path}.")
-    found = newest_checkpoint(RunDir(path).checkpoints)
+    found = RunDir(path).whole_checkpoint(say)
     if found is None:
         raise CheckpointError(
             f"{path} holds no checkpoint in checkpoints/. Give a run's folder or one of its checkpoints."

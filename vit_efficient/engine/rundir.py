@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vit_efficient.cluster.record import FOLDER as JOB
-from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint, remove_checkpoint
+from vit_efficient.engine.checkpoint import atomic_write, newest_checkpoint
 from vit_efficient.engine.integrity import newest_whole
 from vit_efficient.engine.lock import LOCK
 from vit_efficient.engine.resume import differences
 from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.parallel.aside import aside, remove
 from vit_efficient.parallel.folder import is_folder
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -111,15 +112,17 @@ class RunDir:
         )
 
     def create(self) -> None:
-        """Make the folder; what a killed run had half written is cleared away.
+        """Make the folder; what a killed run had half written is cleared away, what it had set aside put back.
 
         Raises:
             UserError: it cannot be made.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for old, path in aside(self.checkpoints):
+                os.rename(old, path)
             for half in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-                remove_checkpoint(half)
+                remove(half)
         except OSError as error:
             raise UserError(f"Cannot make the run folder {self.path}: {error}. Set `run.dir` to another.") from error
 
@@ -174,9 +177,12 @@ def locate(target: str) -> tuple[RunDir, Path]:
 
 
 def find_unfinished(recipe: Recipe, root: Path = ROOT) -> RunDir | None:
-    """The newest run of the same recipe that has a checkpoint and no metrics yet."""
+    """The run of the same recipe that began last, of those that have a checkpoint and no metrics yet.
+
+    Their names do not tell: some end in a time, others in a job's number. `recipe.yaml` is written once, at the start.
+    """
     runs = [RunDir(p.parent) for p in root.glob(f"{run_stem(recipe.variant, recipe.protocol)}-*/{RECIPE}")]
-    for run in sorted(runs, key=lambda r: r.path.name, reverse=True):
+    for run in sorted(runs, key=lambda r: (r.recipe.stat().st_mtime_ns, r.path.name), reverse=True):
         checkpoint = run.last_checkpoint()
         if run.finished or checkpoint is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from vit_efficient.engine.deployed import load_file
 from vit_efficient.engine.resume import differing_keys
 from vit_efficient.engine.rundir import MODEL, RunDir
 from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.machine import rank
 from vit_efficient.model.build import build_model, compute_dtype
 from vit_efficient.model.origin import check_same_base
 from vit_efficient.parallel.folder import is_folder
 from vit_efficient.quantization.deploy import deployed_state
 from vit_efficient.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,12 +49,12 @@ def find(target: str, word: str = "--checkpoint") -> tuple[Path, Path | None]:
         word: of the command line that named it, for messages.
 
     Raises:
-        CheckpointError: there is nothing to evaluate at that path.
+        CheckpointError: there is nothing to evaluate at that path, or all of it is damaged.
     """
     path = Path(target)
     if path.is_dir() and not is_folder(path):
         run = RunDir(path)
-        found = run.model if run.finished and run.model.is_file() else run.last_checkpoint()
+        found = run.model if run.finished and run.model.is_file() else run.whole_checkpoint(_warn)
         if found is None:
             raise CheckpointError(f"{word} {target}: neither {MODEL} nor a checkpoint is in that folder.")
         path = found
@@ -62,6 +66,11 @@ def find(target: str, word: str = "--checkpoint") -> tuple[Path, Path | None]:
         if (recipe := RunDir(folder).recipe).is_file():
             return path, recipe
     return path, None
+
+
+def _warn(line: str) -> None:
+    if rank() == 0:
+        log.warning(line)
 
 
 def _must_match(saved: Recipe, now: Recipe, path: Path) -> None:

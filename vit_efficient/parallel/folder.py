@@ -1,48 +1,41 @@
 """Checkpoints as folders: every process writes its part of every tensor, and any number of processes reads them.
 
-PyTorch's distributed checkpoint (DCP) keeps the tensors; what is not a tensor lies beside them in one small file. A
-folder is written under another name and renamed when it is whole. DCP's own index is a pickle, and reading a pickle can
-run code; here it is read by a reader that knows the few classes of an index and refuses everything else, so a folder
-from anywhere is as harmless as a single file.
+PyTorch's distributed checkpoint (DCP) keeps the tensors; what is not a tensor lies beside them in one small file, with
+the size and checksum of every other. A folder is written under another name and renamed when it is whole.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from vit_efficient.errors import CheckpointError
+from vit_efficient.parallel.aside import remove, set_aside, sync
+from vit_efficient.parallel.index import INDEX, IndexReader
+from vit_efficient.parallel.sums import REST, Sums, folder_damage, sums_of
 
-REST = "rest.pt"  # what is not a tensor, readable with `weights_only`
-INDEX = ".metadata"  # DCP's name
-KNOWN = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device"},
-    "pathlib": {"PosixPath"},
-}  # fmt: skip
+T = TypeVar("T")
 Place = tuple[str | int, ...]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is such a checkpoint, whole: it gets its name last."""
-    return (path / REST).is_file() and (path / INDEX).is_file()
+    """Whether a path is such a checkpoint. It gets its name when it is whole; `folder_damage` tells if it still is."""
+    return (path / REST).is_file() or (path / INDEX).is_file()
 
 
 def has_parts(checkpoint: Mapping[str, Any]) -> bool:
@@ -62,28 +55,76 @@ def write_folder(path: Path, checkpoint: Mapping[str, Any], group: dist.ProcessG
         CheckpointError: a process cannot write; what was there before is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # the same in every process
-    first = dist.get_rank() == 0
+    first, own = dist.get_rank() == 0, dist.get_rank(group)
     tensors = {"/".join(map(str, place)): tensor for place, tensor in _tensors(checkpoint)}
     try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier(group)
+        _each(group, partial(_make_anew, temporary) if first else None)
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
-    except (dcp.CheckpointException, OSError) as error:
-        raise CheckpointError(
-            f"Cannot write the checkpoint {path}: {_first(error)}. Checkpoints written before are untouched.\n"
-            "  Free some space (`df -h`), then continue with `--resume auto`."
-        ) from error
-    if first:
-        places = [place for place, _ in _tensors(checkpoint)]
-        with open(temporary / REST, "wb") as file:
-            torch.save({"tree": _without_tensors(checkpoint), "places": places}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(path, ignore_errors=True)
+        sums = _each(group, lambda: sums_of(temporary.glob(f"__{own}_*")))
+        _each(group, partial(_finish, temporary, path, checkpoint, sums) if first else None)
+    except (dcp.CheckpointException, _PartError) as error:
+        if first:
+            with suppress(OSError):  # the same trouble again
+                remove(temporary)
+        dist.barrier(group)  # a process that leaves with an error ends the others, and the first has to clear away
+        raise write_error(path, _cause(error)) from error
+
+
+class _PartError(Exception):
+    """What one process could not do, in the words of all."""
+
+
+def _each(group: dist.ProcessGroup | None, act: Callable[[], T] | None) -> list[T | None]:
+    """What ``act`` gave in every process, by rank, when all have done it; None: this one has nothing to do.
+
+    Raises:
+        _PartError: in all of them, when one failed.
+    """
+    value, cause = None, ""
+    try:
+        value = act() if act is not None else None
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        cause = _cause(error)
+    # Errors of this call itself are no full disk but a lost process, and go their own way.
+    said: list[tuple[T | None, str]] = [(value, cause)] * dist.get_world_size(group)
+    dist.all_gather_object(said, (value, cause), group)
+    for number, (_, cause) in enumerate(said):
+        if cause:
+            raise _PartError(f"{cause} (process {number})")
+    return [value for value, _ in said]
+
+
+def _make_anew(folder: Path) -> None:
+    remove(folder)
+    folder.mkdir(parents=True)
+
+
+def _finish(temporary: Path, path: Path, checkpoint: Mapping[str, Any], sums: list[Sums | None]) -> None:
+    """Add what is not a tensor, and give the folder its name."""
+    files = sums_of([temporary / INDEX])
+    for part in sums:
+        files |= part or {}
+    places = [place for place, _ in _tensors(checkpoint)]
+    rest = io.BytesIO()  # to a file that cannot be written, torch's zip writer says only where it stopped
+    torch.save({"tree": _without_tensors(checkpoint), "places": places, "files": files}, rest)
+    with open(temporary / REST, "wb") as file:
+        file.write(rest.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    sync(temporary)
+    with set_aside(path):
         os.rename(temporary, path)
-    dist.barrier(group)  # nobody looks for what the first process has not named yet
+        sync(path.parent)
+
+
+def write_error(path: Path, cause: str) -> CheckpointError:
+    """What to say when a checkpoint, file or folder, cannot be written."""
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    return CheckpointError(
+        f"Cannot write the checkpoint {path}: {cause}. There are {free:,} bytes free.\n"
+        "  What was half written is removed, and the checkpoints before it are untouched. Free some space, "
+        "then continue with `--resume auto`."
+    )
 
 
 def read_folder(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -97,6 +138,8 @@ def read_folder(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[st
     Raises:
         CheckpointError: damaged, or its index asks for more than names and numbers, which is not run.
     """
+    if (reason := folder_damage(path)) is not None:
+        raise _read_error(path, reason)
     reader = IndexReader(path)
     try:
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
@@ -107,13 +150,10 @@ def read_folder(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[st
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
             dcp.load(tensors, storage_reader=reader, no_dist=True)  # each process knows by itself what it needs
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"Cannot read the checkpoint {path}: {_first(error)}\n"
-            "  It is damaged, or holds something else than numbers (which is never run). Take another checkpoint."
-        ) from error
-    except dcp.CheckpointException as error:
-        raise CheckpointError(f"Cannot read the checkpoint {path}: {_first(error)}\n  Take another one.") from error
+    except (
+        dcp.CheckpointException, OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
+        raise _read_error(path, _cause(error)) from error
     tree: dict[str, Any] = rest["tree"]
     for key, place in places.items():
         holder: Any = tree
@@ -123,26 +163,12 @@ def read_folder(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[st
     return tree
 
 
-class IndexReader(dcp.FileSystemReader):
-    """Reads DCP's index without running anything in it."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / INDEX, "rb") as file:
-            index: Metadata = _Unpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError("it is no index of a checkpoint")
-        index.storage_meta = index.storage_meta or StorageMeta()
-        index.storage_meta.load_id = self.load_id
-        return index
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in KNOWN.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"its index asks Python to load `{module}.{name}`, which could run code")
+def _read_error(path: Path, cause: str) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot read the checkpoint {path}: {cause}\n"
+        "  It is damaged, or holds something else than numbers (which is never run). Take another one; a run's folder "
+        "in its place (`--resume RUN`) finds the newest that is whole."
+    )
 
 
 def _empty(entry: Any, place: Place, like: Mapping[str, Tensor]) -> Tensor:
@@ -172,5 +198,9 @@ def _without_tensors(tree: Any) -> Any:
     return None if isinstance(tree, Tensor) else tree
 
 
-def _first(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong; DCP wraps it, for each process by its number."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        number, (inner, _) = next(iter(error.failures.items()))
+        return f"{_cause(inner)} (process {number})"
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -151,6 +151,10 @@ def test_a_cancelled_run_is_not_started_again(run: Path) -> None:
     begin(run, JOB)
     Job("17", "name", "log", 0.0, (str(run),), 2, "sbatch", cancelled=True).write(run)
     assert end(run, 138, preempted=False)[0] == 138
+    assert end(run, AGAIN, preempted=False) == (
+        1,
+        "cancelled; not started again",
+    )  # srun's, of a rank that lost another
     begin(run, JOB)  # `sbatch RUN/slurm/job.sh` later
     assert not Job.read(run).cancelled
 

@@ -67,7 +67,7 @@ def test_a_site_adds_what_it_wants() -> None:
     for option in ("--partition=gpu", "--account=a", "--qos=q", "--constraint=c", "--gres=gpu:a100:8", "--mem=0",
                    "--cpus-per-task=12", "--signal=USR1@300", "--exclusive"):  # fmt: skip
         assert option in options(text)
-    for line in ("module load cuda/12.8", "ulimit -l unlimited", "export A='it'\"'\"'s $5'",
+    for line in ("module load cuda/12.8 || exit 2", "ulimit -l unlimited", "export A='it'\"'\"'s $5'",
                  "python=(apptainer exec x.sif python)"):  # fmt: skip
         assert line in text.splitlines()
     assert "srun --kill-on-bad-exit=1 --cpus-per-task=12 --mpi=none" in text
@@ -136,6 +136,17 @@ def test_bash_reads_it(runs: tuple[str, ...], tmp_path: Path) -> None:
         timeout=60,
     )
     assert found.stdout == runs[index]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(("found", "code"), [("true", 0), ("false", 2)])
+def test_a_module_that_is_not_there_ends_the_job(found: str, code: int, tmp_path: Path) -> None:
+    """Without it the run would begin with whatever Python and CUDA the node has."""
+    text = script(Site(modules=("cuda/99",))).render()
+    file = tmp_path / "job.sh"
+    begin, end = text.index("# -- this cluster"), text.index("# -- how the processes")
+    file.write_text(f"module() {{ {found}; }}\n{text[begin:end]}")
+    assert subprocess.run(["bash", str(file)], check=False, timeout=60).returncode == code
 
 
 def test_what_a_process_will_find() -> None:

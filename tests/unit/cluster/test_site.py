@@ -65,7 +65,8 @@ def test_an_absent_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "capability"),
     [("a100", (8, 0)), ("nvidia_a100_80gb", (8, 0)), ("NVIDIA-H100", (9, 0)), ("l40s", (8, 9)), ("a10", (8, 6)),
-     ("v100-32g", (7, 0)), (None, (9, 0)), ("something", (9, 0))],
+     ("v100-32g", (7, 0)), ("rtx_6000_ada", (8, 9)), ("RTX6000", (7, 5)), ("rtx8000", (7, 5)),
+     (None, (9, 0)), ("something", (9, 0))],
 )  # fmt: skip
 def test_what_a_gpu_can_do(kind: str | None, capability: tuple[int, int]) -> None:
     assert Site(gpu_type=kind).gpu().capability == capability

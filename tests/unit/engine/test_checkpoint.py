@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from vit_efficient.engine.checkpoint import (
     AtomicCheckpointIO,
     atomic_write,
     drop_checkpoints,
+    name_checkpoint,
     newest_checkpoint,
     read_checkpoint,
 )
-from vit_efficient.engine.rundir import RunDir, locate, write_json
+from vit_efficient.engine.rundir import RunDir, find_unfinished, locate, run_stem, write_json
 from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.parallel.sums import REST
+from vit_efficient.recipe.load import dump_recipe, load_recipe
 
 WHOLE = {"vit_efficient": {"format": 1}, "state_dict": {"w": torch.arange(4.0)}}
 
@@ -118,6 +122,66 @@ def test_half_written_files_are_cleared(tmp_path: Path) -> None:
     half.touch()
     run.create()
     assert not half.exists()
+
+
+def test_a_folder_that_was_set_aside_comes_back(tmp_path: Path) -> None:
+    """A process that is killed while it puts one checkpoint in the place of another loses neither."""
+    run = RunDir(tmp_path / "r")
+    run.create()
+    for name in (".step-00000001.ckpt.old.tmp", ".step-00000002.ckpt.old.tmp", "step-00000002.ckpt"):
+        (run.checkpoints / name).mkdir()
+    run.create()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000001.ckpt", "step-00000002.ckpt"]
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    """A run that went on from an earlier step without `checkpoint.sharded` meets the folders of later ones."""
+    path = tmp_path / "step-00000001.ckpt"
+    path.mkdir()
+    (path / REST).touch()
+    AtomicCheckpointIO().save_checkpoint(WHOLE, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.arange(4.0))
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    other = tmp_path / "photos"
+    other.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(other, {})
+    assert other.is_dir()
+
+
+def test_no_room_for_a_file_or_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.ckpt"
+    AtomicCheckpointIO().save_checkpoint(WHOLE, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"a full disk.*bytes free"):
+            AtomicCheckpointIO().save_checkpoint(WHOLE, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(CheckpointError, match=r"Cannot write the checkpoint .*last\.ckpt"):
+        name_checkpoint(tmp_path / "absent.ckpt", tmp_path / "last.ckpt")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    read_checkpoint(path)
+
+
+def test_the_newest_run_is_the_one_that_began_last(tmp_path: Path) -> None:
+    """Whatever its name ends in: a time, or the number of a job."""
+    recipe = load_recipe("fp32_sdpa").recipe
+    for age, end in enumerate(("1000", "20260101-101010", "99")):  # the last is the oldest, and the first by name
+        run = RunDir(tmp_path / f"{run_stem(recipe.variant, recipe.protocol)}-{end}")
+        run.create()
+        run.recipe.write_text(dump_recipe(recipe))
+        (run.checkpoints / "step-00000001.ckpt").touch()
+        began = 1_700_000_000 - 60 * age
+        os.utime(run.recipe, (began, began))
+    found = find_unfinished(recipe, tmp_path)
+    assert found is not None
+    assert found.path.name.endswith("-1000")
+    found.metrics.touch()
+    found = find_unfinished(recipe, tmp_path)
+    assert found is not None
+    assert found.path.name.endswith("-20260101-101010")
 
 
 def test_resume_targets(tmp_path: Path) -> None:

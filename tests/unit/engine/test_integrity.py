@@ -76,6 +76,16 @@ def test_the_newest_whole_one(saved: Callable[[int], Path], tmp_path: Path) -> N
     assert newest_whole(tmp_path / "nowhere") == (None, [])
 
 
+def test_a_folder_without_its_parts_is_no_way_out(saved: Callable[[int], Path], tmp_path: Path) -> None:
+    """`rm` may have been killed in the middle of one."""
+    path = saved(3)
+    left = tmp_path / "step-00000004.ckpt"
+    left.mkdir()
+    found, (line,) = newest_whole(tmp_path)
+    assert found == path
+    assert line == f"{left} is damaged: rest.pt is missing"
+
+
 def test_other_names_of_a_file_are_no_way_out(saved: Callable[[int], Path], tmp_path: Path) -> None:
     path = saved(3)
     os.link(path, tmp_path / "last.ckpt")
