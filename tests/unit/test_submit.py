@@ -96,7 +96,7 @@ def test_the_gpu_that_it_will_find_counts() -> None:
         planned("int8_flash2", site=Site(container="x", gpu_type="v100"))
 
 
-LARGE = ("data.batch_size=1024", "model.kwargs.depth=1", "model.image_size=224")
+LARGE = ("data.batch_size=1024", "model.kwargs.depth=2", "model.image_size=224")
 
 
 def test_memory_counts_before_anything_is_submitted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

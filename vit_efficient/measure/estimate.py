@@ -111,12 +111,13 @@ def table(
             continue
         row = forecast(placed(recipe, shape), machine_of(kind, shape), kind, plan=plan, images=images)
         each = row.images_per_second / number
-        alone = each if alone is None else alone
+        alone = each if number == 1 else alone
+        share = f"{each / alone:.3f}" if alone else "-"
         sign = _sign(row)
         signs |= set(sign.split("+"))
         lines.append(
             f"{name:>5} {row.micro_batch:>6} {row.memory / 2**30:>9.1f} {row.images_per_second:>9,.0f} {each:>7,.0f} "
-            f"{each / alone:>7.3f} {row.hours:>8.1f} {row.gpu_hours:>10.1f}  {sign}".rstrip()
+            f"{share:>7} {row.hours:>8.1f} {row.gpu_hours:>10.1f}  {sign}".rstrip()
         )
     unique = dict.fromkeys(str(problem) for found in refused.values() for problem in found)
     lines += ["", *(line for text in unique for line in textwrap.wrap(f"refused: {text}", WIDTH))]
@@ -146,7 +147,7 @@ def _legend(signs: set[str]) -> list[str]:
 def _honesty(kind: GpuKind) -> list[str]:
     """What of the table is measured."""
     if kind.measured:
-        first = "The model is fitted to ViT-L/16 measured on one and two H200s; the rest is predicted."
+        first = "Fitted to ViT-L/16 measured on one and two H200s; the rest is predicted."
     else:
         first = f"All predicted for {kind.name}: peaks by datasheet, times the share an H200 reaches."
     return [
