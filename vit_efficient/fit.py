@@ -23,6 +23,7 @@ from vit_efficient.cluster.record import outcome_noted
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine, detect, rank
 from vit_efficient.recipe.compat import caveats, check, resolve
+from vit_efficient.recipe.elsewhere import move
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
 
@@ -56,16 +57,18 @@ def load(options: argparse.Namespace, machine: Machine, console: Console) -> Rec
         RecipeError: every mistake in it.
     """
     name = options.recipe
-    if name is None and options.resume not in ("none", "auto"):
+    of_run = name is None and options.resume not in ("none", "auto")
+    if of_run:
         from vit_efficient.engine.rundir import locate
 
         name = str(locate(options.resume)[0].recipe)
     if name is None:
         raise UserError("fit needs `--recipe R`: the name of a variant (int8_sdpa) or a file.")
     loaded = load_recipe(name, options.overrides)
-    settled, tried = _settled(loaded.recipe, machine)
+    here, moved = move(loaded, machine) if of_run else (loaded.recipe, [])
+    settled, tried = _settled(here, machine)
     recipe, notes = resolve(settled, machine)
-    for note in [*loaded.notes, *tried, *notes]:
+    for note in [*loaded.notes, *moved, *tried, *notes]:
         console.print(f"[bold]{'resolved':>13}[/]  {note}", soft_wrap=True)
     return recipe
 

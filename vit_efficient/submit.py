@@ -2,7 +2,7 @@
 
 python -m vit_efficient.submit --recipe R --nodes N --gpus-per-node G --time T [--site site.yaml] [key=value ...]
 python -m vit_efficient.submit status [RUN ...] | logs [-f] RUN | cancel RUN ...
-python -m vit_efficient.submit --estimate --recipe R --gpu h200 [key=value ...]
+python -m vit_efficient.submit --estimate --recipe R --gpu h200 [--gpus 1,2,8 | --nodes N --gpus-per-node G] [key=value]
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def submit(options: argparse.Namespace, console: Console) -> None:
     name = f"{first.variant if len(planned) == 1 else 'study'}-{Path(first.protocol).stem}"
     script = Script(name, title, request, site, site_file, tuple(one.run for one in planned), home, Path.cwd())
     console.print(Syntax("", "bash").highlight(script.render()), soft_wrap=True)
+    for line in _notes(planned):
+        console.print(f"[bold]{'note':>13}[/]  {line}", soft_wrap=True)
     if options.dry_run:
         _tell(console, script, "none: with --dry-run nothing is written or submitted")
         return
@@ -121,6 +123,14 @@ def submit(options: argparse.Namespace, console: Console) -> None:
         f"python -m vit_efficient.submit cancel {where}",
         soft_wrap=True,
     )
+
+
+def _notes(planned: Sequence[Planned]) -> list[str]:
+    """What is to be said of the runs' memory, once where it is the same of all."""
+    notes = {one.note for one in planned}
+    if len(notes) == 1:
+        return [note for note in notes if note]
+    return [f"{one.recipe.variant}: {one.note}" for one in planned]
 
 
 def _mistakes(problems: Sequence[Problem]) -> str:
@@ -231,9 +241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from vit_efficient.engine.trainer import quiet
 
         quiet()  # before libraries are imported that talk while they are
-        from vit_efficient.measure import forecast
+        from vit_efficient.measure import estimate
 
-        forecast.main(words)
+        estimate.main(words)
     else:
         submit(parser().parse_intermixed_args(words), console)
 

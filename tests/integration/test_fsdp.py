@@ -110,7 +110,7 @@ def test_two_parts_are_one_model(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("fsdp", ("strategy=single", *CPU, "checkpoint.sharded=false")),
+        ("fsdp", ("strategy=single", *CPU)),
         ("fsdp", ("strategy=fsdp", *TWO, "checkpoint.sharded=false", "checkpoint.asynchronous=false")),
         ("ddp", ("strategy=fsdp", *TWO)),
         ("single", ("strategy=fsdp", *TWO, "checkpoint.sharded=true")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from vit_efficient.recipe.load import dump_recipe, load_recipe
 
 pytestmark = pytest.mark.slow
 Torchrun = Callable[..., subprocess.Popen[str]]
@@ -68,6 +71,40 @@ def test_two_processes_are_one_run(
     assert ranks == {"0", "1"}
     one, two = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("one", "two"))
     assert [h["loss"] for h in two["history"]] == pytest.approx([h["loss"] for h in one["history"]], rel=2e-3)
+
+
+def cut(source: Path, step: int, out: Path) -> None:
+    """A copy of a run as it was after a step."""
+    (out / "checkpoints").mkdir(parents=True)
+    for file in ("recipe.yaml", f"checkpoints/step-{step:08d}.ckpt"):
+        shutil.copy(source / file, out / file)
+
+
+def test_one_goes_on_as_two_and_two_as_one(
+    torchrun: Torchrun, command: Callable[..., str], small: Sequence[str], tmp_path: Path
+) -> None:
+    """Without a word about strategy or micro-batch: what the run's recipe holds of its first machine gives way."""
+    often = ("checkpoint.every_steps=5", "checkpoint.keep=9")
+    plain = ("--recipe", "fp32_sdpa", *small, "strategy.accelerator=cpu", "data.workers=0")
+    command("fit", *plain, *often, "run.dir=one")
+    cut(tmp_path / "one", 17, tmp_path / "two")
+    process = torchrun("--resume", "two")
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert "strategy.name = ddp instead of single: torchrun starts 2 processes" in printed
+    assert "strategy.micro_batch = 64 instead of 128: each of 2 devices has 64 images of a step" in printed
+    # As if the two had begun it, with the checkpoint that they wrote.
+    cut(tmp_path / "two", 29, tmp_path / "again")
+    recipe = tmp_path / "again" / "recipe.yaml"
+    of_two = ("strategy=ddp", "strategy.devices=2", "strategy.micro_batch=64", "strategy.accelerator=cpu")
+    recipe.write_text(dump_recipe(load_recipe(str(recipe), of_two).recipe))
+    command("fit", "--resume", "again", "strategy.devices=1")
+    losses = [
+        [epoch["loss"] for epoch in json.loads((tmp_path / run / "metrics.json").read_text())["history"]]
+        for run in ("one", "two", "again")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=2e-3)
 
 
 def test_a_mismatch_is_refused(torchrun: Torchrun, small: Sequence[str]) -> None:

@@ -28,8 +28,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def planned(
     *names: str, gpus: int = 1, nodes: int = 1, words: tuple[str, ...] = (), site: Site | None = None
 ) -> list[Planned]:
-    # A container: what is installed in it, FlashAttention for one, is not known here.
-    site = site or Site(container="apptainer exec x.sif", gpu_type="a100")
+    # A container: what is installed in it, FlashAttention for one, is not known here. No memory is known of an A40.
+    site = site or Site(container="apptainer exec x.sif", gpu_type="a40")
     return plan(names, words, Request.of(site, nodes=nodes, gpus=gpus, tasks=None, seconds=3600), site)[0]
 
 
@@ -96,6 +96,38 @@ def test_the_gpu_that_it_will_find_counts() -> None:
         planned("int8_flash2", site=Site(container="x", gpu_type="v100"))
 
 
+LARGE = ("data.batch_size=1024", "model.kwargs.depth=2", "model.image_size=224")
+
+
+def test_memory_counts_before_anything_is_submitted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """That of the cluster's GPUs: 1,024 images at once do not fit one, and `auto` would take fewer."""
+    for gpu_type in ("t4", "a100_80gb"):
+        (tmp_path / "site.yaml").write_text(f"{{container: apptainer exec x.sif, gpu_type: {gpu_type}}}")
+        words = ("--recipe", "fp32_sdpa", "--time", "1h", "--dry-run", *LARGE)
+        main(words)
+        printed = capsys.readouterr().out
+        assert re.search(rf"note  on the \w+ of .* \(site.gpu_type {gpu_type}\), strategy.auto takes single", printed)
+        asked = (*words, "strategy=single", "strategy.micro_batch=1024")
+        if gpu_type == "t4":
+            said = refused(*asked)
+            assert re.search(r"strategy.micro_batch: is 1024, and needs about [\d.]+ GB on the T4 of 15.8 GB", said)
+            assert "strategy.checkpointing=true, or leave both to strategy=auto" in said
+        else:
+            main(asked)
+            assert re.search(r"note  about [\d.]+ GB of memory, on the A100 of 85.1 GB", capsys.readouterr().out)
+
+
+def test_memory_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("--recipe", "fp32_sdpa", "--time", "1h", "--dry-run")
+    main(words)
+    assert "memory was not checked: site.gpu_type does not say which GPUs these are" in capsys.readouterr().out
+    (tmp_path / "site.yaml").write_text("gpu_type: l40s")
+    main(words)
+    assert "memory was not checked: that of site.gpu_type l40s is not known" in capsys.readouterr().out
+    main((*words, "--gpus-per-node", "0"))
+    assert "memory was" not in capsys.readouterr().out
+
+
 def test_the_hardware_section_is_the_jobs() -> None:
     """For every way to write the strategy; a run's folder and recipe are fixed when it is submitted."""
     for words in ((), ("strategy=ddp",), ("strategy=ddp", "strategy.nodes=2", "strategy.devices=4")):
@@ -114,7 +146,8 @@ def test_processors_only() -> None:
 
 def test_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("{container: apptainer exec x.sif, gpu_type: h100, runs: /shared/runs}")
-    main(["--array", "variants", "--gpus-per-node", "8", "--time", "24h", "--dry-run", *IMAGENET])
+    small = ("model.kwargs.depth=1",)  # memory is counted for each of them
+    main(["--array", "variants", "--gpus-per-node", "8", "--time", "24h", "--dry-run", *IMAGENET, *small])
     printed = capsys.readouterr().out
     assert "#SBATCH --array=0-4\n" in printed
     found = re.findall(r"(?m)^    /shared/runs/study-imagenet_vit_l16-[\d-]+/(\w+)$", printed)

@@ -12,6 +12,8 @@ from vit_efficient.engine.setup import build_data
 from vit_efficient.engine.trainer import accumulate, quiet, world_size
 from vit_efficient.errors import CapabilityError, DataError, Problem, UserError
 from vit_efficient.machine import Machine
+from vit_efficient.measure.choose import usable
+from vit_efficient.measure.known import classes_of
 from vit_efficient.measure.layout import Layout
 from vit_efficient.measure.memory import Plan
 from vit_efficient.measure.units import count, size
@@ -26,10 +28,11 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
     quiet()
     console.print(Syntax(_without_passwords(dump_recipe(recipe)), "yaml", background_color="default", word_wrap=True))
     reasons = [str(p) for p in problems]
-    classes = recipe.model.num_classes
+    classes = classes_of(recipe)
+    taken = recipe.model.num_classes is None
     try:
         data = build_data(recipe)
-        classes = data.num_classes
+        classes, taken = data.num_classes, False
         steps = f"{data.train_images:,} training images, {data.steps_per_epoch} steps an epoch"
     except DataError as error:
         if not any(p.path == "data.shards" for p in problems):
@@ -45,25 +48,24 @@ def dry_run(recipe: Recipe, machine: Machine, problems: list[Problem], console: 
     table.add_row("data", steps)
     table.add_row("batch", f"{recipe.data.batch_size} = {recipe.strategy.micro_batch} x {world_size(recipe)} device(s) "
                            f"x {accumulate(recipe)} accumulated")  # fmt: skip
+    if taken:
+        table.add_row("classes", f"taken to be {classes:,}: the data is not there (`model.num_classes`)")
     lines: list[str] = []
-    if classes is None:
-        table.add_row("classes", "unknown without the data; set `model.num_classes` for the sizes")
+    # Weights decide neither sizes nor memory, and may not be here: a base is trained when it is needed.
+    plan = Plan(recipe, classes)
+    try:
+        built = plan.built
+    except CapabilityError as error:
+        reasons.append(str(error))
     else:
-        # Weights decide neither sizes nor memory, and may not be here: a base is trained when it is needed.
-        plan = Plan(recipe, classes)
-        try:
-            built = plan.built
-        except CapabilityError as error:
-            reasons.append(str(error))
-        else:
-            lines = built.report.lines()
-            table.add_row("parameters", f"{count(built.parameters)} ({built.parameters:,})")
-            table.add_row("trained", f"{count(built.trainable)} ({built.trainable:,})")
-            table.add_row(
-                "quantized", f"{count(built.report.quantized_parameters)} ({built.report.quantized_parameters:,})"
-            )
-            table.add_section()
-            reasons += _memory(plan, recipe, machine, table)
+        lines = built.report.lines()
+        table.add_row("parameters", f"{count(built.parameters)} ({built.parameters:,})")
+        table.add_row("trained", f"{count(built.trainable)} ({built.trainable:,})")
+        table.add_row(
+            "quantized", f"{count(built.report.quantized_parameters)} ({built.report.quantized_parameters:,})"
+        )
+        table.add_section()
+        reasons += _memory(plan, recipe, machine, table)
     console.print(table)
     for line in lines:
         console.print(f"  {line}")
@@ -97,6 +99,8 @@ def _memory(plan: Plan, recipe: Recipe, machine: Machine, table: Table) -> list[
         return []
     smallest = min(gpu.memory for gpu in machine.gpus)
     if needed.total <= smallest:
+        if needed.total > usable(smallest):
+            table.add_row("of the GPU's", f"{size(smallest)}: it may not fit, for the estimate is not exact")
         return []
     return [
         f"it needs about {size(needed.total)} and the GPU has {size(smallest)}: "

@@ -9,6 +9,7 @@ from pathlib import Path
 from vit_efficient.cluster.script import Request
 from vit_efficient.cluster.site import Site
 from vit_efficient.engine.base import base_recipe, given_base, has_adapters
+from vit_efficient.engine.room import find_room
 from vit_efficient.engine.rundir import ROOT, RunDir, new_path, stamp
 from vit_efficient.errors import Problem, RecipeError
 from vit_efficient.recipe.compat import check
@@ -21,12 +22,16 @@ BASE = "fp32_sdpa"  # what adapters start from, where nothing else is given
 
 @dataclass(frozen=True)
 class Planned:
-    """One run to be: its recipe, its folder, and the folders whose checkpoints show that it gets further."""
+    """One run to be: its recipe, its folder, and the folders whose checkpoints show that it gets further.
+
+    `note`: what is to be said of its memory.
+    """
 
     recipe: Recipe
     run: Path
     progress: tuple[str, ...]
     after_base: bool = False  # begins when the array's base is trained
+    note: str = ""
 
     @property
     def is_base(self) -> bool:
@@ -44,6 +49,7 @@ def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site:
         RecipeError: every mistake.
     """
     recipes: list[Recipe] = []
+    notes: list[str] = []
     problems: list[Problem] = []
     for name in names:
         try:
@@ -51,7 +57,12 @@ def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site:
         except RecipeError as error:
             problems += error.problems
             continue
-        found = check(recipe, request.machine(site))
+        machine = request.machine(site)
+        found = check(recipe, machine)
+        if request.gpus and not [problem for problem in found if problem.path != "data.shards"]:
+            room = find_room(recipe, machine, site.gpu_type)
+            found += [room.problem] if room.problem else []
+            notes.append(room.note)
         problems += [replace(problem, origin=problem.origin or _asker(name, names)) for problem in found]
         if recipe.variant in (other.variant for other in recipes):
             message = f"{recipe.variant} is the name of two recipes, and would be that of two folders: rename a file"
@@ -70,6 +81,7 @@ def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site:
     for path in (*folders, home):
         RunDir(path).check_new()
     planned = [_planned(recipe, path) for recipe, path in zip(recipes, folders, strict=True)]
+    planned = [replace(one, note=note) for one, note in zip(planned, notes or [""] * len(planned), strict=True)]
     return (_sharing_a_base(planned) if len(planned) > 1 else planned), home
 
 
@@ -125,6 +137,6 @@ def _sharing_a_base(planned: list[Planned]) -> list[Planned]:
         if one in waiting:
             quantization = one.recipe.quantization.model_copy(update={"base": weights})
             recipe = one.recipe.model_copy(update={"quantization": quantization})
-            one = Planned(recipe, one.run, (str(one.run),), after_base=True)
+            one = replace(one, recipe=recipe, progress=(str(one.run),), after_base=True)
         shared.append(one)
     return shared

@@ -12,6 +12,9 @@ The order is that of simplicity, and of speed as far as it is known (docs/scalin
 Sharding comes after checkpointing because a Vision Transformer's memory is activations: of ViT-L/16's 26.9 GiB at 128
 images in bf16, 21.8 are activations and 5.1 can be sharded at all. For the same reason 4-bit weights are no step of
 this ladder: nf4 saves 0.45 GB of ViT-L against LoRA on bf16, and checkpointing twenty.
+
+Where srun or torchrun started the processes, their number on each node is fixed, and only the rest is decided. Every
+process decides for itself, from the same recipe and from GPUs of the same kind, so all decide the same.
 """
 
 from __future__ import annotations
@@ -26,10 +29,17 @@ from vit_efficient.measure.layout import Layout
 from vit_efficient.measure.memory import Plan
 from vit_efficient.measure.scaling import ADAPTED, LAUNCH, compute_seconds
 from vit_efficient.measure.units import size
+from vit_efficient.parallel.config import FsdpConfig
+from vit_efficient.recipe.fsdp import fsdp_problems
 from vit_efficient.recipe.schema import Recipe
 
 # Of a GPU's memory, left free: what lies between the allocator's blocks, and the estimate's own error (under 5 %).
 SPARE = 0.08
+
+
+def usable(memory: float) -> int:
+    """Of a GPU's bytes, those that may be planned with."""
+    return int(memory * (1 - SPARE))
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ class Choice:
         }
         if self.layout.kind != "single":
             decided["devices"] = self.layout.devices
+        if self.layout.nodes > 1:
+            decided["nodes"] = self.layout.nodes
         if self.layout.kind == "fsdp":
             decided["offload"] = self.layout.offload_weights
         return decided
@@ -86,7 +98,7 @@ def choose_strategy(recipe: Recipe, machine: Machine, num_classes: int, *, plan:
 
     Args:
         recipe: its strategy is `auto` (a `micro_batch` or `checkpointing` given with it stays); precision resolved.
-        machine: its GPUs; the smallest decides.
+        machine: its GPUs, of which the smallest decides, and who started the processes, if somebody did.
         num_classes: outputs of the head.
         plan: of an earlier call with the same recipe.
 
@@ -95,53 +107,72 @@ def choose_strategy(recipe: Recipe, machine: Machine, num_classes: int, *, plan:
     """
     strategy = recipe.strategy
     on_gpu = bool(machine.gpus) and strategy.accelerator != "cpu"
-    world = max(1, len(machine.gpus)) if on_gpu else 1
-    share = max(1, recipe.data.batch_size // world)
+    devices, nodes = (max(1, len(machine.gpus)), 1) if on_gpu else (1, 1)
+    if machine.launch is not None:
+        devices, nodes = machine.launch.per_node, machine.launch.nodes
+    share = max(1, recipe.data.batch_size // (devices * nodes))
     given = strategy.micro_batch
     if not on_gpu:
         checkpointing = strategy.checkpointing
-        return Choice(
-            Layout(), given or share, checkpointing, 0, 0, ("single: no GPU is used, so nothing is estimated",)
-        )
+        plain = _plain(devices, nodes)
+        reasons = (f"{plain}: no GPU is used, so nothing is estimated",)
+        return Choice(plain, given or share, checkpointing, 0, 0, reasons)
     plan = Plan(recipe, num_classes) if plan is None else plan
-    usable = int(min(gpu.memory for gpu in machine.gpus) * (1 - SPARE))
+    room = usable(min(gpu.memory for gpu in machine.gpus))
     open_checkpointing = "checkpointing" not in strategy.model_fields_set
     sizes = [given] if given else _divisors(share)
     busy = _busy(plan, machine, sizes)
 
-    reasons, last = [], None
-    for rung in _ladder(world, sizes, busy, open_checkpointing, strategy.checkpointing):
+    tried: list[str] = []
+    last = None
+    cannot = _cannot_shard(recipe)
+    for rung in _ladder((devices, nodes), sizes, busy, open_checkpointing, strategy.checkpointing):
+        if rung.layout.kind == "fsdp" and cannot:
+            continue
         accumulate = max(1, share // rung.micro_batch)
         needed = plan.estimate(
             rung.layout, rung.micro_batch, checkpointing=rung.checkpointing, accumulate=accumulate
         ).total
         last = rung, needed
-        if needed <= usable:
-            reasons.append(f"{rung}: about {size(needed)} of {size(usable)} usable")
-            return Choice(rung.layout, rung.micro_batch, rung.checkpointing, needed, usable, tuple(reasons))
-        reasons.append(f"{rung}: would need about {size(needed)}, and {size(usable)} are usable")
+        if needed <= room:
+            tried.append(f"{rung}: about {size(needed)} of {size(room)} usable")
+            return Choice(rung.layout, rung.micro_batch, rung.checkpointing, needed, room, tuple(tried))
+        tried.append(f"{rung}: would need about {size(needed)}, and {size(room)} are usable")
     assert last is not None, "the ladder has a first rung"
     rung, needed = last
-    reasons.append("nothing fits: take a smaller image or model, or GPUs with more memory")
-    return Choice(rung.layout, rung.micro_batch, rung.checkpointing, needed, usable, tuple(reasons))
+    if cannot:
+        tried.append(f"fsdp is left out: {cannot}")
+    tried.append("nothing fits: take a smaller image or model, or GPUs with more memory")
+    return Choice(rung.layout, rung.micro_batch, rung.checkpointing, needed, room, tuple(tried))
 
 
-def _ladder(world: int, sizes: list[int], busy: int, open_checkpointing: bool, given: bool) -> Iterator[_Rung]:
+def _plain(devices: int, nodes: int) -> Layout:
+    return Layout("ddp", devices, nodes) if devices * nodes > 1 else Layout()
+
+
+def _cannot_shard(recipe: Recipe) -> str:
+    """Why `fsdp` would be refused whatever the machine; empty if it would not."""
+    problems = fsdp_problems(recipe.model_copy(update={"strategy": FsdpConfig()}))
+    return "; ".join(f"{problem.path} {problem.message}" for problem in problems)
+
+
+def _ladder(
+    shape: tuple[int, int], sizes: list[int], busy: int, open_checkpointing: bool, given: bool
+) -> Iterator[_Rung]:
     """Rungs in the order of the module's text. `sizes` fall; `busy` is the smallest that keeps a GPU at work."""
-    plain = Layout("ddp", world) if world > 1 else Layout()
+    plain, shards = _plain(*shape), Layout("fsdp", *shape)
     options = (False, True) if open_checkpointing else (given,)
     large = [n for n in sizes if n >= busy] or sizes[:1]
     small = [n for n in sizes if n not in large]
     for checkpointing in options:
         yield from (_Rung(plain, n, checkpointing) for n in large)
-    if world > 1:
-        shards = Layout("fsdp", world)
+    if plain.world > 1:
         for checkpointing in options:
             yield from (_Rung(shards, n, checkpointing) for n in large)
     yield from (_Rung(plain, n, options[-1]) for n in small)
-    if world > 1:
-        yield from (_Rung(Layout("fsdp", world), n, options[-1]) for n in small)
-    away = Layout("fsdp", world, offload_states=True, offload_weights=True)
+    if plain.world > 1:
+        yield from (_Rung(shards, n, options[-1]) for n in small)
+    away = Layout("fsdp", *shape, offload_states=True, offload_weights=True)
     yield from (_Rung(away, n, options[-1]) for n in (*large[-1:], *small))
 
 

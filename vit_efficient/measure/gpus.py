@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from vit_efficient.errors import UserError
@@ -15,6 +16,7 @@ class GpuKind:
 
     Args:
         name: as printed.
+        capability: compute capability.
         memory: bytes.
         half: dense matrix products in bf16 or fp16, summed in float32.
         full: the same in float32, without TF32.
@@ -28,6 +30,7 @@ class GpuKind:
     """
 
     name: str
+    capability: tuple[int, int]
     memory: float
     half: float
     full: float
@@ -43,19 +46,20 @@ class GpuKind:
 # Peaks by datasheet, dense: bf16 989, int8 1,979, float32 67 TFLOP/s, 4.8 TB/s, NVLink 900 GB/s both ways.
 # Rates measured at ViT-L's shapes (docs/scaling.md), which the share below puts in relation to the peaks.
 H200 = GpuKind(
-    "H200", 150.75 * G, 707 * T, 50.9 * T, 623 * T, 82 * T, 4.19 * T, 450 * G, 50 * G,
+    "H200", (9, 0), 150.75 * G, 707 * T, 50.9 * T, 623 * T, 82 * T, 4.19 * T, 450 * G, 50 * G,
     "measured rates; links by datasheet (NVLink 4, InfiniBand NDR 400 Gb/s a GPU assumed)", measured=True,
 )  # fmt: skip
 REACHED = {"half": 707 / 989, "full": 50.9 / 67, "int8": 623 / 1979, "attention": 82 / 989, "copy": 4.19 / 4.8}
 
 
 def _promised(
-    name: str, memory: float, half: float, int8: float, full: float, copy: float, link: float, network: float,
-    source: str,
+    name: str, capability: tuple[int, int], memory: float, half: float, int8: float, full: float, copy: float,
+    link: float, network: float, source: str,
 ) -> GpuKind:  # fmt: skip
     """A datasheet's dense peaks (TFLOP/s, TOP/s, TB/s, GB/s) times the share that the H200 reaches of its own."""
     return GpuKind(
         name=name,
+        capability=capability,
         memory=memory * G,
         half=half * T * REACHED["half"],
         full=full * T * REACHED["full"],
@@ -72,13 +76,11 @@ KINDS = {
     kind.name.lower(): kind
     for kind in (
         H200,
-        _promised("H100", 85.5, 989, 1979, 67, 3.35, 450, 50, "NVIDIA H100 datasheet (SXM5); NDR 400 Gb/s assumed"),
-        _promised(
-            "A100", 85.1, 312, 624, 19.5, 2.04, 300, 25, "NVIDIA A100 80GB datasheet (SXM); HDR 200 Gb/s assumed"
-        ),
-        _promised("A100-40", 42.4, 312, 624, 19.5, 1.56, 300, 25, "NVIDIA A100 40GB datasheet (SXM); HDR assumed"),
-        _promised("4090", 25.4, 165, 661, 82.6, 1.01, 25, 3, "NVIDIA Ada whitepaper; PCIe 4 x16; 25 Gb/s assumed"),
-        _promised("T4", 15.8, 65, 130, 8.1, 0.32, 12, 3, "NVIDIA T4 datasheet; PCIe 3 x16; 25 Gb/s assumed"),
+        _promised("H100", (9, 0), 85.5, 989, 1979, 67, 3.35, 450, 50, "NVIDIA H100 datasheet (SXM5); NDR assumed"),
+        _promised("A100", (8, 0), 85.1, 312, 624, 19.5, 2.04, 300, 25, "NVIDIA A100 80GB datasheet; HDR assumed"),
+        _promised("A100-40", (8, 0), 42.4, 312, 624, 19.5, 1.56, 300, 25, "NVIDIA A100 40GB datasheet; HDR assumed"),
+        _promised("4090", (8, 9), 25.4, 165, 661, 82.6, 1.01, 25, 3, "NVIDIA Ada whitepaper; 25 Gb/s assumed"),
+        _promised("T4", (7, 5), 15.8, 65, 130, 8.1, 0.32, 12, 3, "NVIDIA T4 datasheet; PCIe 3; 25 Gb/s assumed"),
     )
 }
 
@@ -95,8 +97,13 @@ def gpu_kind(name: str) -> GpuKind:
 
 
 def kind_of(device: str) -> GpuKind | None:
-    """The kind of a device by what CUDA calls it ("NVIDIA A100-SXM4-80GB"); None if it is another."""
-    words = device.lower()
+    """The kind of a device by what CUDA calls it ("NVIDIA A100-SXM4-80GB") or a cluster ("rtx4090", "a100_80gb").
+
+    None if it is another, or a slice of one (MIG), whose memory is not that of the whole.
+    """
+    words = re.split(r"[\s_:-]+", device.lower())
+    if "mig" in words or any(re.fullmatch(r"\d+g\.\d+gb", word) for word in words):
+        return None
     if "a100" in words:
-        return KINDS["a100-40" if "40gb" in words else "a100"]
-    return next((kind for name, kind in KINDS.items() if name in words.replace("rtx ", "").split("-")[0].split()), None)
+        return KINDS["a100-40" if {"40", "40g", "40gb"} & set(words) else "a100"]
+    return next((KINDS[word] for word in (w.removeprefix("rtx") for w in words) if word in KINDS), None)

@@ -73,7 +73,11 @@ class DeepspeedConfig(DistributedConfig):
 
 
 class AutoConfig(_Strategy):
-    """`single` where there is one device, `ddp` where there are several; the run says which."""
+    """The simplest that fits the GPUs' memory by estimate: of `single` or `ddp`, smaller micro-batches, checkpointing,
+    `fsdp`, and `fsdp` with offload the first that leaves 8 % free (docs/scaling.md). The run says what was tried. A
+    `micro_batch` or `checkpointing` that is given stays. What srun or torchrun started is taken as it is. On CPUs, and
+    where memory cannot be estimated, `single` or `ddp`.
+    """
 
     name: Literal["auto"] = "auto"
 

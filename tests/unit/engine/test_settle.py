@@ -17,8 +17,8 @@ def gpus(gib: float, count: int = 1) -> tuple[Gpu, ...]:
     return (Gpu("NVIDIA A100", (8, 0), int(gib * 2**30)),) * count
 
 
-def recipe(*words: str) -> Recipe:
-    return load_recipe("fp32_sdpa", ("data.batch_size=512", *words)).recipe
+def recipe(*words: str, batch: int = 512) -> Recipe:
+    return load_recipe("fp32_sdpa", (f"data.batch_size={batch}", *words)).recipe
 
 
 def test_a_large_gpu_takes_the_whole_batch_at_once() -> None:
@@ -51,13 +51,32 @@ def test_what_was_given_stays() -> None:
     assert (strategy.micro_batch, strategy.checkpointing, strategy.compile) == (64, True, True)
 
 
+@pytest.mark.parametrize("visible", [1, 4])  # bound to one GPU each (--gpus-per-task=1), and not
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_srun_started_is_taken_and_the_rest_decided(nodes: int, visible: int) -> None:
+    """Memory counts there as anywhere; the number of processes is what was started, not what one of them sees."""
+    job = Machine(gpus(1.2, visible), packages=PACKAGES, launch=Launch("srun", 4 * nodes, nodes, 4, 8))
+    settled, lines = settle_strategy(recipe(batch=4096), job)
+    strategy = settled.strategy
+    assert (strategy.name, strategy.devices, strategy.nodes) == ("ddp", 4, nodes)
+    assert "would need about" in lines[0]
+    assert strategy.micro_batch < 4096 // (4 * nodes) or strategy.checkpointing
+    assert check(settled, job) == []
+
+
+def test_one_process_by_torchrun_is_one() -> None:
+    job = Machine(gpus(80, 4), packages=PACKAGES, launch=Launch("torchrun", 1))
+    settled, _ = settle_strategy(recipe(), job)
+    assert settled.strategy.name == "single"
+    assert check(settled, job) == []
+
+
 @pytest.mark.parametrize(
     ("words", "machine"),
     [
         (("strategy=ddp",), Machine(gpus(1, 2))),
         ((), Machine()),
         (("strategy.accelerator=cpu",), Machine(gpus(80))),
-        ((), Machine(gpus(80), launch=Launch("torchrun", 2))),
     ],
 )
 def test_elsewhere_nothing_is_decided(words: tuple[str, ...], machine: Machine) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vit_efficient.machine import Gpu, Machine
+from vit_efficient.machine import Gpu, Launch, Machine
 from vit_efficient.measure.choose import Choice, choose_strategy
 from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.memory import Estimate, Plan
@@ -93,6 +93,24 @@ def test_weights_that_fit_no_device_are_sharded_and_then_offloaded(heavy: Plan) 
     assert away.settings()["offload"]
     assert "would need" in away.reasons[0]
     assert "usable" in away.reasons[-1]
+
+
+def test_shards_go_over_all_nodes_that_were_started(heavy: Plan) -> None:
+    job = Machine((GPUS["a100-40"],), launch=Launch("srun", 8, 2, 4))
+    choice = choose_strategy(heavy.recipe, job, 10, plan=heavy)
+    assert choice.layout == Layout("fsdp", 4, 2)
+    assert choice.settings() == {
+        "name": "fsdp", "micro_batch": 32, "checkpointing": False, "devices": 4, "nodes": 2, "offload": False,
+    }  # fmt: skip
+
+
+def test_shards_are_not_taken_where_they_would_be_refused() -> None:
+    """bitsandbytes' optimizer does not step sharded parameters."""
+    plan = Larger(recipe_of("optim.name=adamw8bit"), 4000, 1)
+    choice = choose("a100-40", 8, plan)
+    assert choice.layout.kind == "ddp"
+    assert not choice.fits
+    assert "fsdp is left out: optim.name is adamw8bit" in choice.reasons[-2]
 
 
 def test_nothing_fits() -> None:

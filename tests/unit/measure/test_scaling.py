@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vit_efficient.errors import UserError
-from vit_efficient.measure.forecast import forecast, main, table
-from vit_efficient.measure.gpus import H200, KINDS, gpu_kind, kind_of
+from vit_efficient.errors import RecipeError, UserError
+from vit_efficient.measure.choose import choose_strategy
+from vit_efficient.measure.estimate import machine_of, main, placed, shape_of, table
+from vit_efficient.measure.forecast import Forecast, forecast
+from vit_efficient.measure.gpus import H200, KINDS, GpuKind, gpu_kind, kind_of
 from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.memory import Plan
 from vit_efficient.measure.scaling import all_reduce, gather, ring, step_time, tree
@@ -116,38 +119,121 @@ def test_counts() -> None:
 WORDS = ["protocol=cifar10", "quantization.precision=bf16", "model.kwargs.depth=2"]
 
 
-def test_forecast_of_a_run() -> None:
-    recipe = load_recipe("fp32_sdpa", WORDS).recipe
-    plan = Plan(recipe, 10)
-    one, two = (forecast(recipe, H200, 1, n, plan=plan) for n in (1, 2))
+def on(number: int, plan: Plan, *words: str, kind: GpuKind = H200) -> Forecast:
+    """The forecast of the plan's recipe, with overrides of its strategy."""
+    recipe = placed(load_recipe("fp32_sdpa", [*WORDS, *words]).recipe, shape_of(number))
+    return forecast(recipe, machine_of(kind, shape_of(number)), kind, plan=plan)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return Plan(load_recipe("fp32_sdpa", WORDS).recipe, 10)
+
+
+def test_forecast_of_a_run(plan: Plan) -> None:
+    one, two = on(1, plan), on(2, plan)
     assert one.gpu_hours == one.hours
     assert two.hours < one.hours < two.gpu_hours
     assert one.fits
-    assert one.images_per_second * one.step.seconds == pytest.approx(recipe.data.batch_size)
+    assert one.images_per_second * one.step.seconds == pytest.approx(plan.recipe.data.batch_size)
     with pytest.raises(UserError, match="cannot share equally"):
-        forecast(recipe, H200, 1, 7, plan=plan)
+        on(7, plan)
+
+
+def test_auto_is_decided_as_a_run_decides_it(plan: Plan) -> None:
+    """The same rung on the same GPUs, and a GPU is full at the same point."""
+    whole = on(1, plan).memory
+    for memory in (whole / 0.91, whole / 0.93):
+        kind = replace(H200, memory=memory)
+        machine = machine_of(kind, (1, 1))
+        choice = choose_strategy(plan.recipe, machine, 10, plan=plan)
+        found = on(1, plan, kind=kind)
+        assert (found.micro_batch, found.checkpointing, found.layout) == (
+            choice.micro_batch, choice.checkpointing, choice.layout,
+        )  # fmt: skip
+        assert found.fits
+    assert found.micro_batch < plan.recipe.data.batch_size or found.checkpointing
+    fixed = on(1, plan, "strategy=single", f"strategy.micro_batch={plan.recipe.data.batch_size}", kind=kind)
+    assert not fixed.fits
 
 
 def test_table_fits_a_terminal_and_says_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--recipe", "fp32_sdpa", "--gpu", "a100", "--gpus", "1,3,8", *WORDS]) == 0
+    main(["--estimate", "--recipe", "fp32_sdpa", "--gpu", "a100", "--gpus", "1,3,8", *WORDS])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "All predicted for A100" in printed
     assert "cannot be shared equally" in printed
-    assert "predicted" in table(load_recipe("fp32_sdpa", WORDS).recipe, H200, [1])
+    assert "predicted" in table(load_recipe("fp32_sdpa", WORDS).recipe, H200, [(1, 1)])
+
+
+def test_signs_of_how_a_line_is_run() -> None:
+    kind = replace(H200, memory=700e6)
+    words = ("strategy.checkpointing=true", "strategy=fsdp")
+    printed = table(load_recipe("fp32_sdpa", [*WORDS, *words]).recipe, H200, [(1, 8)])
+    assert "  fsdp+ckpt\n" in printed
+    assert "\nckpt: checkpointing\nfsdp: sharded\n" in printed
+    full = table(load_recipe("fp32_sdpa", [*WORDS, "strategy.micro_batch=1024"]).recipe, kind, [(1, 1)])
+    assert "  too large\n" in full
+    assert max(map(len, full.splitlines())) <= 80
+
+
+def test_nodes_as_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [shape_of(n) for n in (1, 3, 8, 16, 24)] == [(1, 1), (1, 3), (1, 8), (2, 8), (3, 8)]
+    with pytest.raises(UserError, match=r"--gpus 12: a node is taken to have 8.*--nodes N --gpus-per-node G"):
+        main(["--recipe", "fp32_sdpa", "--gpus", "12", *WORDS])
+    main(["--recipe", "fp32_sdpa", "--nodes", "2", "--gpus-per-node", "4", *WORDS])
+    assert "\n  2x4 " in capsys.readouterr().out
+    with pytest.raises(UserError, match="give one of them"):
+        main(["--recipe", "fp32_sdpa", "--nodes", "2", "--gpus", "16"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--recipe", "int8_flash2", "--gpu", "t4"), ["FlashAttention-2 needs a GPU of sm_80"]),
+        (("--recipe", "fp8_sdpa", "--gpu", "a100", "strategy=fsdp", "optim.name=adamw8bit"),
+         ["sm_80) has no fp8 matrix units", "optim.name: is adamw8bit"]),
+        (("--recipe", "int4_group_sdpa"), ["leaves nothing to train"]),
+        (("--recipe", "fp32_sdpa", "strategy=single", "--gpus", "2"), ["Take strategy=ddp"]),
+    ],
+)  # fmt: skip
+def test_what_fit_refuses_has_no_estimate(words: tuple[str, ...], said: list[str]) -> None:
+    """docs/support.md is made of the same rules. `data.shards` is no mistake: nothing is read."""
+    with pytest.raises(RecipeError) as caught:
+        main(words)
+    assert all(text in str(caught.value) for text in said)
+    assert "data.shards" not in str(caught.value)
+
+
+def test_what_is_refused_on_some_of_them_is_said() -> None:
+    """Hybrid shards need two nodes."""
+    recipe = load_recipe("fp32_sdpa", [*WORDS, "strategy=fsdp", "strategy.shard=hybrid"]).recipe
+    printed = table(recipe, H200, [(1, 8), (2, 8)])
+    assert "\n    8  refused: strategy.shard\n" in printed
+    assert "strategy.nodes is 1" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match=r"--gpu v100: not known\. Known are h200"):
-        main(["--recipe", "fp32_sdpa", "--gpu", "v100"])
-    with pytest.raises(UserError, match=r"Give --images TRAIN EVAL"):
-        main(["--recipe", "fp32_sdpa", "protocol=folder", "quantization.precision=bf16"])
+    for words, said in (
+        (["--gpu", "v100"], r"--gpu v100: not known\. Known are h200"),
+        (["protocol=folder", "quantization.precision=bf16"], r"Give --images TRAIN EVAL"),
+        (["--time", "12h"], r"--time is a word of submitting; .* leave it out"),
+        (["--site=a.yaml"], r"--site is a word of submitting; .* name the GPUs with --gpu"),
+        (["--partition", "x"], r"there is no option --partition\n"),
+        (["--gpus", "1,x"], r"'x' is no number of GPUs"),
+        (["strategy.accelerator=cpu"], r"predicts for GPUs"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main(["--recipe", "fp32_sdpa", *words])
 
 
 @pytest.mark.parametrize(
     ("device", "name"),
     [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4"),
-     ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA L40S", None)],
+     ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA L40S", None),
+     ("a100", "A100"), ("a100_40gb", "A100-40"), ("nvidia_h100_80gb_hbm3", "H100"), ("rtx4090", "4090"), ("t4", "T4"),
+     ("gh200", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("a100_1g.5gb", None)],
 )  # fmt: skip
 def test_names_of_devices(device: str, name: str | None) -> None:
     found = kind_of(device)
