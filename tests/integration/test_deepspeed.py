@@ -26,11 +26,25 @@ MIDDLE = "step-00000024.ckpt"
 Command = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs are kept that several tests want."""
+    return tmp_path_factory.mktemp("done")
+
+
 @pytest.fixture
-def trained(command: Command, small: Sequence[str], tmp_path: Path) -> Callable[..., Path]:
-    """Trains the shared run in one process (stage 0) or under DeepSpeed, and returns its folder."""
+def trained(command: Command, small: Sequence[str], tmp_path: Path, done: Path) -> Callable[..., Path]:
+    """A folder with the shared run, trained in one process (stage 0) or under DeepSpeed, once for all tests."""
 
     def run(name: str, stage: int, *more: str) -> Path:
+        kept = done / "-".join((str(stage), *more))
+        if not kept.exists():
+            shutil.copytree(made(name, stage, *more), kept)
+        elif not (tmp_path / name).exists():
+            shutil.copytree(kept, tmp_path / name)
+        return tmp_path / name
+
+    def made(name: str, stage: int, *more: str) -> Path:
         words = (*TRAINED, *small, f"run.dir={name}")
         if stage:
             command(PROGRAM, *words, *ZERO, f"strategy.stage={stage}", *more)
@@ -114,7 +128,7 @@ def test_resumes_under_another_strategy(command: Command, trained: Callable[...,
     assert losses(many.parent / "to_one") == pytest.approx(losses(one), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_qlora(command: Command, small: Sequence[str], trained: Callable[..., Path], stage: int) -> None:
     """Packed bytes come out of partitioning and gathering as they went in; adapters learn what one process's do."""
     base = trained("base", 0)

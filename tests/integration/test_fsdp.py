@@ -210,7 +210,7 @@ def test_parts_become_one_file(runs: Runs, cache: Path, tmp_path: Path) -> None:
     ("variant", "words", "tolerance"),
     [
         ("int4_sdpa", (), 1e-4),
-        ("lora_sdpa", ("strategy.checkpointing=true",), 1e-4),
+        pytest.param("lora_sdpa", ("strategy.checkpointing=true",), 1e-4, marks=pytest.mark.long),
         ("int8_static_sdpa", ("quantization.learn_scales=true",), 2e-2),  # a code that rounds otherwise changes others
     ],
 )
