@@ -30,3 +30,31 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+Curve = dict[str, dict[int, float]]
+
+
+def curve(run: Path) -> Curve:
+    """Training loss and gradient norm of every logged step of a run, by name and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        name: {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        for name in ("loss", "gradient_norm")
+    }
+
+
+@pytest.fixture(scope="session")
+def assert_same_curve() -> Callable[..., None]:
+    """``assert_same_curve(run, other, rel=..., steps=36)``: with ``run.log_every=1``, the same at every step."""
+
+    def check(run: Path, other: Path, *, rel: float, steps: int) -> None:
+        ours, theirs = curve(run), curve(other)
+        for name, points in theirs.items():
+            assert list(points) == list(range(1, steps + 1)) == list(ours[name]), name
+            apart = {step: (ours[name][step], value) for step, value in points.items()}
+            assert ours[name] == pytest.approx(points, rel=rel), f"{name} by step, of both: {apart}"
+
+    return check

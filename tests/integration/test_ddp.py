@@ -20,17 +20,25 @@ def steps_of(audit: Path) -> list[tuple[str, str, str]]:
     return sorted((e, s, k) for e, s, _, k in (line.split() for line in audit.read_text().splitlines()))
 
 
-def test_two_ranks_are_one_run(command: Callable[..., str], small: Sequence[str], tmp_path: Path) -> None:
-    """Same global batches, each sample once, the last short batch included; the same losses to float tolerance."""
-    plain = ("--recipe", "fp32_sdpa", *small)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_are_one_run(
+    command: Callable[..., str],
+    small: Sequence[str],
+    tmp_path: Path,
+    assert_same_curve: Callable[..., None],
+    accumulate: int,
+) -> None:
+    """Same global batches, each sample once, the last short batch included; the same curves to float tolerance."""
+    plain = ("--recipe", "fp32_sdpa", *small, "run.log_every=1")
     command("fit", *plain, "run.dir=one", "data.audit=one.txt")
-    command("fit", *plain, *DDP, "run.dir=two", "data.audit=two.txt")
+    command("fit", *plain, *DDP, f"strategy.micro_batch={64 // accumulate}", "run.dir=two", "data.audit=two.txt")
     assert steps_of(tmp_path / "one.txt") == steps_of(tmp_path / "two.txt")
     ranks = {line.split()[2] for line in (tmp_path / "two.txt").read_text().splitlines()}
     assert ranks == {"0", "1"}
     one, two = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("one", "two"))
     assert two["samples"] == 360  # evaluated once each, though 360 images do not fill both ranks' batches
-    assert [h["loss"] for h in two["history"]] == pytest.approx([h["loss"] for h in one["history"]], rel=2e-3)
+    assert [h["loss"] for h in two["history"]] == pytest.approx([h["loss"] for h in one["history"]], rel=1e-4)
+    assert_same_curve(tmp_path / "two", tmp_path / "one", rel=1e-4, steps=36)
 
 
 def test_both_ranks_stop_after_the_same_step(

@@ -21,19 +21,33 @@ from vit_efficient.engine.checkpoint import read_checkpoint
 pytestmark = pytest.mark.slow
 PROGRAM = str(Path(__file__).with_name("deepspeed_cpu.py"))
 ZERO = ("strategy=deepspeed", "strategy.devices=2", "strategy.accelerator=cpu", "data.workers=0")
-TRAINED = ("--recipe", "fp32_sdpa", "optim.clip=0.5", "checkpoint.keep=9", "strategy.micro_batch=32")
+TRAINED = ("--recipe", "fp32_sdpa", "run.log_every=1", "optim.clip=0.5", "checkpoint.keep=9", "strategy.micro_batch=32")
 MIDDLE = "step-00000024.ckpt"
 Command = Callable[..., str]
 
 
-@pytest.fixture
-def trained(command: Command, small: Sequence[str], tmp_path: Path) -> Callable[[str, int], Path]:
-    """Trains the shared run in one process (stage 0) or under DeepSpeed, and returns its folder."""
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs are kept that several tests want."""
+    return tmp_path_factory.mktemp("done")
 
-    def run(name: str, stage: int) -> Path:
+
+@pytest.fixture
+def trained(command: Command, small: Sequence[str], tmp_path: Path, done: Path) -> Callable[..., Path]:
+    """A folder with the shared run, trained in one process (stage 0) or under DeepSpeed, once for all tests."""
+
+    def run(name: str, stage: int, *more: str) -> Path:
+        kept = done / "-".join((str(stage), *more))
+        if not kept.exists():
+            shutil.copytree(made(name, stage, *more), kept)
+        elif not (tmp_path / name).exists():
+            shutil.copytree(kept, tmp_path / name)
+        return tmp_path / name
+
+    def made(name: str, stage: int, *more: str) -> Path:
         words = (*TRAINED, *small, f"run.dir={name}")
         if stage:
-            command(PROGRAM, *words, *ZERO, f"strategy.stage={stage}")
+            command(PROGRAM, *words, *ZERO, f"strategy.stage={stage}", *more)
         else:
             command("fit", *words, "data.workers=0")
         return tmp_path / name
@@ -75,15 +89,25 @@ def assert_same_states(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert (theirs[name] - tensor).norm() <= 5e-3 * tensor.norm(), name
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_trains_what_one_process_does(trained: Callable[[str, int], Path], stage: int) -> None:
-    """The same losses, and after two epochs the same weights, moments and average, in a file that holds no code."""
-    one, many = trained("one", 0), trained("many", stage)
+STATES, WEIGHTS = "strategy.offload_optimizer=true", "strategy.offload_parameters=true"
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(1, ()), (2, ()), (3, ()), (2, (STATES,)), (3, (STATES, WEIGHTS))],
+    ids=["1", "2", "3", "2-offload", "3-offload"],
+)
+def test_every_stage_trains_what_one_process_does(
+    trained: Callable[..., Path], assert_same_curve: Callable[..., None], stage: int, offload: tuple[str, ...]
+) -> None:
+    """The same curves, and after two epochs the same weights, moments and average, in a file that holds no code."""
+    one, many = trained("one", 0), trained("many", stage, *offload)
     assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    assert_same_curve(many, one, rel=1e-4, steps=36)
     assert_same_states(*(read_checkpoint(run / "checkpoints" / MIDDLE) for run in (one, many)))
 
 
-def test_resumes_bit_for_bit(command: Command, trained: Callable[[str, int], Path]) -> None:
+def test_resumes_bit_for_bit(command: Command, trained: Callable[..., Path]) -> None:
     whole = trained("whole", 3)
     cut = interrupted(whole, "cut")
     command(PROGRAM, "--resume", "cut", "strategy.stage=3")
@@ -92,7 +116,7 @@ def test_resumes_bit_for_bit(command: Command, trained: Callable[[str, int], Pat
     assert losses(cut) == losses(whole)
 
 
-def test_resumes_under_another_strategy(command: Command, trained: Callable[[str, int], Path]) -> None:
+def test_resumes_under_another_strategy(command: Command, trained: Callable[..., Path]) -> None:
     """ZeRO 3's checkpoint in one process, and one process's under ZeRO 2: weights, moments, average and all."""
     one = trained("one", 0)
     interrupted(one, "to_zero")
@@ -104,8 +128,8 @@ def test_resumes_under_another_strategy(command: Command, trained: Callable[[str
     assert losses(many.parent / "to_one") == pytest.approx(losses(one), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_qlora(command: Command, small: Sequence[str], trained: Callable[[str, int], Path], stage: int) -> None:
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
+def test_qlora(command: Command, small: Sequence[str], trained: Callable[..., Path], stage: int) -> None:
     """Packed bytes come out of partitioning and gathering as they went in; adapters learn what one process's do."""
     base = trained("base", 0)
     words = (

@@ -99,11 +99,11 @@ CASES = [*((name, "shard", False) for name in MODELS), ("nf4", "shard", True), (
 
 def bytes_are_kept(make: Callable[[], Tower], mesh: DeviceMesh) -> None:
     """Gathered in their own dtypes or, as bf16 mixed precision does, narrow: packed weights come back bit for bit."""
-    plain, packed = make(), 0
+    plain, there, packed = make(), make().to(mesh.device_type), 0
     for gathered in (None, torch.bfloat16):
         model = make()
         shard(model, list(model.blocks), mesh, gather=gathered)
-        for ours, theirs in zip(model.blocks, plain.blocks, strict=True):
+        for ours, theirs in zip(model.blocks, there.blocks, strict=True):
             assert isinstance(ours, FSDPModule)
             ours.unshard()
             originals = dict(theirs.named_parameters())
@@ -114,6 +114,7 @@ def bytes_are_kept(make: Callable[[], Tower], mesh: DeviceMesh) -> None:
             ours.reshard()
         unshard(model)
         if dist.get_rank() == 0:
+            model.cpu()
             assert model.state_dict().keys() == plain.state_dict().keys()
             for name, tensor in plain.state_dict().items():
                 assert torch.equal(model.state_dict()[name], tensor), f"{name} changed"
@@ -123,11 +124,12 @@ def bytes_are_kept(make: Callable[[], Tower], mesh: DeviceMesh) -> None:
 
 def trains_alike(make: Callable[[], Tower], mesh: DeviceMesh, checkpointing: bool) -> None:
     """Answers and gradients of both halves of a batch are those of the whole batch in one process."""
-    plain, model = make(), make()
+    device = mesh.device_type
+    plain, model = make().to(device), make()
     prepare_blocks(model.blocks, checkpointing=checkpointing, compile=False)
     shard(model, list(model.blocks), mesh)
     weight = model.head.weight  # as an average or an optimizer holds it
-    x, y = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
+    x, y = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1)).to(device), torch.arange(6).to(device) % 5
     torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)
     with torch.no_grad():  # an average put in the weights' place between two passes must count, the root's too
         model.eval()(x)
@@ -145,17 +147,19 @@ def trains_alike(make: Callable[[], Tower], mesh: DeviceMesh, checkpointing: boo
         if ours.requires_grad:
             grad = gather(ours.grad)
             if dist.get_rank() == 0:
-                torch.testing.assert_close(grad, theirs.grad, rtol=2e-4, atol=2e-6)
+                torch.testing.assert_close(grad, theirs.grad.cpu(), rtol=2e-4, atol=2e-6)
                 assert grad.abs().sum() > 0, f"no gradient reached {name}"
             compared += 1
     assert compared >= 6
 
 
-def try_all(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def try_all(rank: int, folder: str, backend: str, device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     meshes = {
-        "shard": init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)),
-        "hybrid": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")),
+        "shard": init_device_mesh(device, (2,), mesh_dim_names=("shard",)),
+        "hybrid": init_device_mesh(device, (2, 1), mesh_dim_names=("replicate", "shard")),
     }
     found = {}
     for name, over, checkpointing in CASES:
@@ -169,13 +173,16 @@ def try_all(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each process found: a traceback for each case, empty where all was well."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("pair")
-    mp.spawn(try_all, (str(folder),), nprocs=2)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[request.param]
+    mp.spawn(try_all, (str(folder), backend, request.param), nprocs=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -67,6 +67,7 @@ def predictions(variant: str, weights: Path, shards: Path, *more: str) -> tuple[
     return torch.cat(predicted), torch.cat(labels)
 
 
+@pytest.mark.long
 def test_pretrained_vit_on_real_images(command: Command, shared: Callable[[str], Path], tmp_path: Path) -> None:
     """fp32: 83.0 % +- 0.3; int8 without training: at least 98 % of predictions unchanged, within 0.8 point.
 

@@ -73,7 +73,7 @@ def quantize(command: Command, folder: Path, weights: Path, shards: Path, name: 
     return found
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", ["static", pytest.param("hybrid", marks=pytest.mark.long), "int4"])
 def test_agreement_with_full_precision(
     name: str, command: Command, tmp_path: Path, shards: Path, shared: Callable[[str], Path]
 ) -> None:

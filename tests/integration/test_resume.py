@@ -107,11 +107,11 @@ def check_samples(straight: Path, resumed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 10])
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
 def test_killed(
     start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, kills: int
 ) -> None:
-    """`kill -9` at random steps of 36; the last result of ten is in docs/data.md."""
+    """`kill -9` at random steps of 36; the last result of ten is in docs/faults.md."""
     steps = sorted(random.SystemRandom().sample(range(1, 36), kills))
     print("killed after steps", steps)
     words = (*RECIPE, *small, EVERY, "run.dir=killed", "data.audit=killed.txt", "--resume", "auto")
@@ -190,6 +190,7 @@ def compare_with_kills(start_with: Start, words: tuple[str, ...], tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [RANGES, QLORA], ids=["learned ranges", "QLoRA"])
 @pytest.mark.parametrize(
     "where",

@@ -27,6 +27,7 @@ BAD = "blocks.5.mlp.fc2"
 BATCH, BATCHES = 8, 3
 
 
+@pytest.mark.long
 def test_pretrained_vit(command: Command, shared: Callable[[str], Path], tmp_path: Path) -> None:
     """24 images: int8 with a scale a token hurts no layer, so all that is lost is lost in the layer of noise."""
     images = shared("data/ILSVRC2012_sample_train.tar")

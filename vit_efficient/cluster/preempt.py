@@ -1,8 +1,8 @@
 """One owner of the signals that ask a run to stop.
 
-A handler only sets a flag. The training loop reads it at the end of an optimizer step, when every rank has finished
-the same step, saves, and leaves. (Saving inside a handler can interrupt a half-written checkpoint or hang a
-collective: pytorch-lightning issue 21406.)
+A handler only sets a flag. The training loop reads it at the end of an optimizer step, agrees on it with all ranks
+(`cluster.agreement`), so that every rank has finished the same step, saves, and leaves. (Saving inside a handler can
+interrupt a half-written checkpoint or hang a collective: pytorch-lightning issue 21406.)
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import signal
 from types import FrameType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WEIGHTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # lightest first
@@ -46,14 +43,15 @@ class StopSignals:
 
             os.write(2, b"\nStopping after this step, to save it. Ctrl-C again stops at once, without saving.\n")
 
-    def agreed(self, device: torch.device) -> signal.Signals | None:
-        """The signal that any rank was asked to stop by, or None; the same on every rank, so all stop after one step.
+    @property
+    def weight(self) -> int:
+        """Of the signal that was received, 0 for none; the heaviest of all ranks' counts.
 
-        Where ranks heard different ones the weightiest counts: who cancels a job is not overruled by its time limit.
+        Who cancels a job is not overruled by its time limit.
         """
-        weight = WEIGHTS.index(self.received) + 1 if self.received is not None else 0
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            heaviest = torch.tensor([weight], device=device)
-            dist.all_reduce(heaviest, op=dist.ReduceOp.MAX)
-            weight = int(heaviest.item())
-        return WEIGHTS[weight - 1] if weight else None
+        return WEIGHTS.index(self.received) + 1 if self.received is not None else 0
+
+
+def signal_of(weight: int) -> signal.Signals | None:
+    """The signal of this weight."""
+    return WEIGHTS[weight - 1] if weight else None

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import lightning.pytorch as L
-import torch
-import torch.distributed as dist
 
-from vit_efficient.cluster.preempt import StopSignals
+from vit_efficient.cluster.agreement import Agreement, Flags
+from vit_efficient.cluster.preempt import StopSignals, signal_of
 from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.engine.background import Writer
 from vit_efficient.engine.checkpoint import drop_checkpoints, name_checkpoint
+from vit_efficient.engine.curve import StepLoss
 from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.engine.watch import LossWatch, describe, refuse_non_finite
+from vit_efficient.machine import rank
 from vit_efficient.measure.memory import peak_memory_bytes, restart_peak
 from vit_efficient.model.module import ViTModule
 from vit_efficient.recipe.schema import CheckpointConfig
@@ -59,11 +60,17 @@ class RunLoop(L.Callback):
         config: when to save and how many checkpoints to keep.
         recipe: the resolved recipe as a plain mapping; goes into every checkpoint.
         accumulate: micro-batches in an optimizer step.
+        log_every: optimizer steps between two at which the loss is read over all ranks.
     """
 
-    def __init__(self, run: RunDir, config: CheckpointConfig, recipe: dict[str, Any], accumulate: int) -> None:
+    def __init__(
+        self, run: RunDir, config: CheckpointConfig, recipe: dict[str, Any], accumulate: int, log_every: int
+    ) -> None:
         self.run, self.config, self.recipe, self.accumulate = run, config, recipe, accumulate
+        self.log_every = log_every
+        self.losses = StepLoss()
         self.signals = StopSignals()
+        self.agreement = Agreement()
         self.writer = Writer(asynchronous=config.asynchronous)
         self.watch = LossWatch()
         self.position = Position(0, 0)
@@ -74,6 +81,7 @@ class RunLoop(L.Callback):
         self.peak_memory = 0
         self.resumed_from: Path | None = None
         self._counted: dict[str, float] = {}
+        self._saved: tuple[Position, Path] | None = None
         self._saved_at = time.monotonic()
         self._mark = time.monotonic()
         self._started = time.monotonic()
@@ -88,6 +96,8 @@ class RunLoop(L.Callback):
         self.signals.restore()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        timeout = self.recipe["strategy"].get("timeout")
+        self.agreement.open(pl_module.device, timedelta(seconds=timeout) if timeout is not None else None)
         self.signals.install()  # not before: Lightning sets its own handlers just before this
         self._saved_at = self._mark = time.monotonic()
 
@@ -112,6 +122,7 @@ class RunLoop(L.Callback):
         self.clock.train_seconds += now - self._mark
         self._mark = now
         assert pl_module.last_loss is not None
+        self.losses.add(pl_module)
         self.watch.add(pl_module.last_loss, batch["step"], describe(batch))
         if (batch_idx + 1) % self.accumulate and batch_idx + 1 < trainer.num_training_batches:
             return  # inside an optimizer step
@@ -124,10 +135,14 @@ class RunLoop(L.Callback):
         assert isinstance(datamodule, ViTDataModule)
         datamodule.mark_step(epoch, step + 1)
         at_end = step + 1 == pl_module.steps_per_epoch
-        if (asked := self.signals.agreed(pl_module.device)) is not None:
-            self._stop(trainer, asked)
-        if not at_end and self._due(pl_module.device):  # at an epoch's end the checkpoint waits for the evaluation
+        if at_end or trainer.global_step % self.log_every == 0:
+            self.losses.read(trainer.world_size * self.accumulate)
+        self.losses.restart()
+        asked, due = self.agreement.outcome(self._flags())
+        self._stop_if(trainer, asked)
+        if not at_end and (due or self._due_by_steps()):  # at an epoch's end the checkpoint waits for the evaluation
             self.save(trainer)
+        self.agreement.begin(self._flags())
 
     def on_validation_batch_end(
         self,
@@ -138,10 +153,14 @@ class RunLoop(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and (asked := self.signals.agreed(pl_module.device)) is not None:
+        if trainer.state.fn != "fit":
+            return
+        asked, _ = self.agreement.outcome(self._flags())
+        if asked:
             assert isinstance(pl_module, ViTModule)
             pl_module.averaged_weights.close()
-            self._stop(trainer, asked)
+            self._stop_if(trainer, asked)
+        self.agreement.begin(self._flags())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ViTModule)
@@ -154,25 +173,30 @@ class RunLoop(L.Callback):
         self.position = Position(self.position.epoch, self.position.step, validated=True)
         self.save(trainer, best=better)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Once an epoch the ranks wait for each other: no signal of the last epoch's last moments is lost."""
+        asked, _ = self.agreement.at_once(self._flags())
+        self._stop_if(trainer, asked)
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _due(self, device: torch.device) -> bool:
+    def _due_by_steps(self) -> bool:
         every = self.config.every_steps
-        done = self.position.step
-        if every is not None and done % every == 0:
-            return True
+        return every is not None and self.position.step % every == 0
+
+    def _flags(self) -> Flags:
+        """What this rank has to say to the others."""
         minutes = self.config.every_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return due
-        flag = torch.tensor([int(due)], device=device)  # clocks differ between ranks: rank 0's counts
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
+        return self.signals.weight, int(due and rank() == 0)  # clocks differ between ranks: rank 0's counts
 
-    def _stop(self, trainer: L.Trainer, asked: Signals) -> None:
-        path = self.save(trainer)
-        self.writer.wait()
-        raise StopRun(path, asked.name)
+    def _stop_if(self, trainer: L.Trainer, asked: int) -> None:
+        """Save, if that is not done yet, and leave, where the ranks have agreed on a signal of this weight."""
+        if (number := signal_of(asked)) is not None:
+            done = self._saved is not None and self._saved[0] == self.position
+            path = self._saved[1] if self._saved is not None and done else self.save(trainer)
+            self.writer.wait()
+            raise StopRun(path, number.name)
 
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""
@@ -188,6 +212,7 @@ class RunLoop(L.Callback):
         if trainer.is_global_zero:
             self.writer.do(lambda: self._settle(path, best))
         self._saved_at = self._mark = time.monotonic()
+        self._saved = self.position, path
         return path
 
     def _settle(self, path: Path, best: bool) -> None:

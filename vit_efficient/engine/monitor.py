@@ -22,12 +22,11 @@ class Monitor(L.Callback):
 
     Args:
         loop: knows the step, the clock and the last evaluation.
-        every: optimizer steps between two points.
         class_names: names on the confusion matrix.
     """
 
-    def __init__(self, loop: RunLoop, every: int, class_names: list[str]) -> None:
-        self.loop, self.every, self.class_names = loop, every, class_names
+    def __init__(self, loop: RunLoop, class_names: list[str]) -> None:
+        self.loop, self.class_names = loop, class_names
         self.gradient_norm = 0.0
         self.images_per_second = 0.0
         self.wait_share = 0.0
@@ -46,7 +45,7 @@ class Monitor(L.Callback):
         self._since = (time.monotonic(), self.loop.clock.images, waited)
 
     def _log_next(self, trainer: L.Trainer) -> bool:
-        return (trainer.global_step + 1) % self.every == 0
+        return (trainer.global_step + 1) % self.loop.log_every == 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if self._log_next(trainer) and not isinstance(
@@ -64,7 +63,7 @@ class Monitor(L.Callback):
             self._show_examples(writer, pl_module, batch)
         step = trainer.global_step
         stepped = (batch_idx + 1) % self.loop.accumulate == 0 or batch_idx + 1 == trainer.num_training_batches
-        if not stepped or step % self.every:
+        if not stepped or step % self.loop.log_every:
             return
         then, images, waited = self._since
         seconds = max(time.monotonic() - then, 1e-9)
@@ -78,9 +77,8 @@ class Monitor(L.Callback):
             self.gradient_norm = trainer.strategy.gradient_norm()
         if writer is None:
             return
-        assert pl_module.last_loss is not None
         scalars = {
-            "train/loss": float(pl_module.last_loss),
+            **{f"train/{name}": loss for name, loss in self.loop.losses.value.items()},
             "train/learning_rate": max(g["lr"] for g in trainer.optimizers[0].param_groups),
             "train/gradient_norm": self.gradient_norm,
             "speed/images_per_second": self.images_per_second,
@@ -88,7 +86,6 @@ class Monitor(L.Callback):
             "memory/peak_bytes": peak_memory_bytes(pl_module.device),
             "train/epoch": self.loop.position.epoch + self.loop.position.step / pl_module.steps_per_epoch,
         }
-        scalars |= {f"train/loss_{part}": float(loss) for part, loss in pl_module.last_parts.items()}
         if skips:
             scalars["data/skipped_samples"] = skipped
         writer.log_metrics(scalars, step)

@@ -51,7 +51,6 @@ class ConsoleProgress(L.Callback):
     ) -> None:
         if self._bar is None or self._task is None or trainer.global_step % 5:
             return
-        assert isinstance(pl_module, ViTModule)
         images, seconds = self._interval()
         speed = f"{images / seconds:,.0f} img/s" if seconds > 0 else ""
         self._bar.update(
@@ -59,9 +58,13 @@ class ConsoleProgress(L.Callback):
             completed=trainer.global_step,
             description=f"epoch {self.loop.position.epoch + 1}/{self.epochs}",
             speed=speed,
-            # Reading the loss waits for the device; a few times a second is not felt.
-            loss=f"loss {float(pl_module.last_loss):.3f}" if pl_module.last_loss is not None else "",
+            loss=self._loss("loss"),
         )
+
+    def _loss(self, name: str) -> str:
+        """Of the last step at which it was read (`run.log_every`, and each epoch's last)."""
+        value = self.loop.losses.value.get("loss")
+        return f"{name} {value:.3f}" if value is not None else ""
 
     def _interval(self) -> tuple[int, float]:
         images, seconds = self._epoch_mark
@@ -70,11 +73,10 @@ class ConsoleProgress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, ViTModule)
         images, seconds = self._interval()
         latest = self.loop.latest
         speed = f"{images / seconds:>7,.0f} img/s" if images and seconds else ""
-        loss = f"train loss {float(pl_module.last_loss):.3f}" if pl_module.last_loss is not None else ""
+        loss = self._loss("train loss")
         self.console.print(
             f"epoch {self.loop.position.epoch + 1:>3}/{self.epochs}  {loss}  eval loss {latest['loss']:.3f}  "
             f"[bold]top-1 {latest['top1']:.2%}[/]  {speed}",

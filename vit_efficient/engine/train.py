@@ -139,9 +139,9 @@ def _train(
         if resume is None:
             write_text(run.recipe, dump_recipe(recipe))
         write_json(run.environment, environment(machine))
-    loop = RunLoop(run, recipe.checkpoint, plain, accumulate(recipe))
+    loop = RunLoop(run, recipe.checkpoint, plain, accumulate(recipe), recipe.run.log_every)
     loop.resumed_from = resume
-    callbacks: list[Any] = [loop, Monitor(loop, recipe.run.log_every, data.class_names)]
+    callbacks: list[Any] = [loop, Monitor(loop, data.class_names)]
     callbacks.append(ConsoleProgress(loop, console, recipe.optim.epochs))
     if recipe.data.audit is not None:
         callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run

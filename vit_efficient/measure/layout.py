@@ -75,6 +75,11 @@ class Layout:
     def shards_gradients(self) -> bool:
         return self.kind == "fsdp" or self.stage >= 2
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether memory for all gradients is held throughout: DDP's buckets, of which they are views."""
+        return self.kind == "ddp" and self.world > 1
+
     def part(self, size: int, sharded: bool) -> int:
         """Bytes of a device's share, rounded up as padding does."""
         return -(-size // self.shards) if sharded else size
@@ -137,16 +142,14 @@ def states(layout: Layout, size: int) -> int:
 def buffers(layout: Layout, weights: Weights) -> int:
     """Bytes that moving weights and gradients takes, at most at once.
 
-    - ddp: Lightning's reducer keeps a copy of every gradient in its buckets (`gradient_as_bucket_view` is off).
+    - ddp: none. The gradients are views of the reducer's buckets (`gradient_as_bucket_view`).
     - fsdp: the block at work gathered, the next one gathered ahead, and the flat buffer that it is copied out of; what
       is outside the blocks, gathered throughout; a block's gradients, and two float32 buffers of the
       reduce-scatter: one filled, one on its way (`torch.distributed.fsdp`, `fully_shard`'s notes on overlap).
     - deepspeed: two reduce buckets; with stage 3, gathered blocks as with fsdp.
     """
-    if layout.world == 1:
+    if layout.world == 1 or layout.kind == "ddp":
         return 0
-    if layout.kind == "ddp":
-        return 4 * weights.trained
     gathered = 3 * weights.block + weights.rest
     if layout.kind == "fsdp":
         return gathered + 4 * weights.block_trained * 3

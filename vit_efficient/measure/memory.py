@@ -210,12 +210,13 @@ class Plan:
         """One device's memory.
 
         Lightning drops the gradients of a step only when the next one's forward pass is over, so both passes begin
-        with them; with accumulation they stay throughout.
+        with them; with accumulation, and in DDP's buckets, they stay throughout.
         """
         step = self.step(micro_batch, checkpointing=checkpointing, narrow=layout.kind == "fsdp")
         weights, recipe = self.weights(layout), self.recipe
         gradients = spread.gradients(layout, weights)
-        backward = gradients + step.backward if accumulate > 1 or layout.shards > 1 else step.with_gradients
+        stay = accumulate > 1 or layout.shards > 1 or layout.keeps_gradients
+        backward = gradients + step.backward if stay else step.with_gradients
         activations = max(gradients + step.forward, backward, gradients + self._update(weights, layout)) - gradients
         return Estimate(
             weights=spread.held(layout, weights),

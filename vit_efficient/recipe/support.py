@@ -53,6 +53,32 @@ STRATEGIES = {
     "ZeRO 2": ("strategy=deepspeed", "strategy.stage=2"),
     "ZeRO 3": ("strategy=deepspeed", "strategy.stage=3"),
 }
+FURTHER = {
+    "fsdp, `strategy.shard=hybrid` on two such nodes": ("strategy=fsdp", "strategy.shard=hybrid", "strategy.nodes=2"),
+    "fsdp, `strategy.offload=true`": ("strategy=fsdp", "strategy.offload=true"),
+    "ZeRO 1, `strategy.offload_optimizer=true`": (
+        "strategy=deepspeed", "strategy.stage=1", "strategy.offload_optimizer=true",
+    ),
+    "ZeRO 2, `strategy.offload_optimizer=true`": (
+        "strategy=deepspeed", "strategy.stage=2", "strategy.offload_optimizer=true",
+    ),
+    "ZeRO 3, both offloads": (
+        "strategy=deepspeed", "strategy.stage=3", "strategy.offload_optimizer=true", "strategy.offload_parameters=true",
+    ),
+    "ZeRO 2, `strategy.offload_parameters=true`": (
+        "strategy=deepspeed", "strategy.stage=2", "strategy.offload_parameters=true",
+    ),
+}  # fmt: skip
+TRAINED = {
+    "bf16": ("fp32_sdpa", "quantization.precision=bf16"),
+    "fp16": ("fp32_sdpa", "quantization.precision=fp16"),
+    "lora_sdpa": ("lora_sdpa",),
+    "int8_sdpa": ("int8_sdpa",),
+    "learned steps": ("int8_static_sdpa", "quantization.learn_scales=true"),
+    "fp8_sdpa": ("fp8_sdpa",),
+    "int4_sdpa": ("int4_sdpa",),
+    "`optim.name=adamw8bit`": ("fp32_sdpa", "optim.name=adamw8bit"),
+}
 OPTIONS = {
     "`strategy.checkpointing=true`": ("strategy.checkpointing=true",),
     "`strategy.compile=true`": ("strategy.compile=true",),
@@ -86,6 +112,7 @@ def page() -> str:
         precision=True,
     )
     parts += _table("Training a variant on a node of four H100s", VARIANTS, STRATEGIES, lambda column: NODE)
+    parts += _table("Hybrid shards and offloading there", FURTHER, TRAINED, lambda column: NODE)
     options = {name: ("int8_sdpa", *words) for name, words in OPTIONS.items()}
     parts += _table("Options of `int8_sdpa` there", options, STRATEGIES, lambda column: NODE)
     return "".join(parts)
@@ -110,7 +137,9 @@ def _table(
 
 def _cell(words: Sequence[str], machine: Machine, reasons: list[str], precision: bool) -> str:
     """`yes`, or the numbers of the reasons why not; new ones are added to `reasons`."""
-    recipe = load_recipe(words[0], ["data.batch_size=64", *words[1:]]).recipe
+    (variant,) = (word for word in words if "=" not in word)
+    settings = [word for word in words if "=" in word]
+    recipe = load_recipe(variant, ["data.batch_size=64", *settings]).recipe
     found = [f"`{problem.path}` {problem.message}" for problem in check(recipe, machine, trains=True)]
     reasons += [reason for reason in dict.fromkeys(found) if reason not in reasons]
     if found:

@@ -128,6 +128,14 @@ def test_shards_add_up_to_the_whole(world: int) -> None:
     assert zero[2].weights == pytest.approx(2 * shard.weights, rel=0.01)
 
 
+def test_ddp_holds_its_gradients_once_and_throughout() -> None:
+    plan = Plan(recipe_of("fp32_sdpa"), 10)
+    alone, two = (plan.estimate(Layout("ddp", n), 8, checkpointing=False) for n in (1, 2))
+    whole = plan.estimate(Layout(), 8, checkpointing=False, accumulate=2)
+    assert two == whole, "as much as with accumulation, which holds them throughout too"
+    assert alone.allocated <= two.allocated <= alone.allocated + two.gradients
+
+
 def test_one_device_needs_no_buffers_and_hybrid_shards_within_a_node() -> None:
     plan = Plan(recipe_of("fp32_sdpa"), 10)
     for kind in ("single", "ddp", "fsdp"):

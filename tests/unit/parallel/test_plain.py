@@ -1,0 +1,62 @@
+"""DDP as the recipe's strategy makes it: gradients lie in the reducer's buckets, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vit_efficient.parallel.config import DdpConfig
+from vit_efficient.parallel.strategies import build_strategy
+
+
+class Probe(L.LightningModule):
+    """Notes where gradients lie before the optimizer's step, and whether they are gone before the next forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        self.storages: list[int] = []
+        self.left: list[int] = []
+
+    def training_step(self, batch: Tensor, number: int) -> Tensor:
+        self.left.append(sum(p.grad is not None for p in self.parameters()))
+        loss: Tensor = self.model(batch).square().mean()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters()]
+        assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+        self.storages.append(len({g.untyped_storage().data_ptr() for g in gradients if g is not None}))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Nothing of the process group is left afterwards, nor of what Lightning tells processes that it would start."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_gradients_are_the_buckets(alone: None) -> None:
+    strategy = build_strategy(DdpConfig(accelerator="cpu", devices=1))
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Probe()
+    trainer.fit(module, DataLoader(list(torch.randn(12, 8)), batch_size=4))
+    assert module.storages == [1, 1, 1]  # four parameters in one bucket, before and after the buckets are made anew
+    assert module.left == [0, 0, 0]
