@@ -221,7 +221,11 @@ def test_weights_with_a_nan(weights: Path, tmp_path: Path) -> None:
     state["blocks.0.mlp.fc1.weight"][3, 4] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
     arguments = words(tmp_path / "nan.safetensors", CALIBRATION, "--out", tmp_path / "m.safetensors")
-    refused(r"^blocks\.0\.mlp\.fc1: .*NaN or an infinity", arguments)
+    refused(r"the weight blocks\.0\.mlp\.fc1\.weight holds a NaN or an infinity. Check `model\.weights`", arguments)
+    dynamic = words(tmp_path / "nan.safetensors", "--out", tmp_path / "m.safetensors", recipe="int8_sdpa")
+    refused(r"the weight blocks\.0\.mlp\.fc1\.weight holds a NaN", dynamic)
+    with pytest.raises(CheckpointError, match="holds a NaN"):
+        evaluate.main(words(tmp_path / "nan.safetensors", recipe="int8_sdpa"))
     assert not (tmp_path / "m.safetensors").exists()
 
 
