@@ -71,6 +71,21 @@ def build_backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Bac
     return backbone
 
 
+def refuse_rounded(recipe: Recipe, weights: str | None) -> None:
+    """Refuse a quantized model file where its weights would be taken for full precision.
+
+    Raises:
+        UserError: it is one.
+        CheckpointError: there is no such file.
+    """
+    if recipe.quantization.name != "int8" and is_quantized(weights):
+        raise UserError(
+            f"{weights} is a quantized model file, and quantization={recipe.quantization.name} would take its "
+            "rounded weights for full precision. Give the float weights that it was made of; quantization=int8 can "
+            "go on training from such a file."
+        )
+
+
 def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) -> Built:
     """Build the model that a recipe trains or evaluates.
 
@@ -86,12 +101,7 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
         UserError: unknown model, weights that do not fit, nothing to quantize, a backend that refuses.
     """
     config = recipe.model.model_copy(update={"weights": base}) if base else recipe.model
-    if recipe.quantization.name != "int8" and is_quantized(config.weights):
-        raise UserError(
-            f"{config.weights} is a quantized model file, and quantization={recipe.quantization.name} would take its "
-            "rounded weights for full precision. Give the float weights that it was made of; quantization=int8 can "
-            "go on training from such a file."
-        )
+    refuse_rounded(recipe, config.weights)
     if config.storage != "float32" and getattr(recipe.quantization, "lora", None) is None:
         raise UserError(
             f"model.storage: {config.storage} rounds the weights, which is for a frozen base, and this recipe trains "
