@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from vit_efficient.data.sources.csv_list import Files
 from vit_efficient.engine.deployed import load_file as load_model
 from vit_efficient.errors import UserError
 from vit_efficient.model.build import build_model
+from vit_efficient.model.weights import file_digest
 from vit_efficient.recipe.load import load_recipe
 
 SMALL = "model.kwargs={patch_size: 8, depth: 1, embed_dim: 48, num_heads: 3}"
@@ -139,4 +142,21 @@ def test_the_source_of_a_file_whose_name_begins_like_the_hubs(weights: Path, sha
     source = load_model(tmp_path / "m.safetensors").source
     assert source is not None
     assert source["weights"] == "timm_vit.safetensors"
-    assert len(source["sha256"]) == 64
+    assert source["sha256"] == file_digest(weights)
+
+
+def test_the_source_of_weights_of_the_hub(
+    weights: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name there, and the hash of the file in the cache."""
+    repo = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    snapshot = tmp_path / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    shutil.copy(weights, snapshot / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    given = [word for word in words(weights, shards) if not word.startswith("model.weights")]
+    named = ("model.name=vit_tiny_patch16_224", SMALL, "model.weights=timm", "model.image_size=32")
+    quantize.main([*given, *named, "--out", str(tmp_path / "m.safetensors")])
+    assert load_model(tmp_path / "m.safetensors").source == {"weights": repo, "sha256": file_digest(weights)}
