@@ -7,6 +7,7 @@ python -m vit_efficient.evaluate --recipe int8_sdpa model.name=vit_tiny_patch16_
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def parser() -> Parser:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     from vit_efficient.engine.evaluation import evaluate_model, speed_up
+    from vit_efficient.engine.pretrained import require_labels
     from vit_efficient.engine.ranks import sum_over_ranks
     from vit_efficient.engine.rundir import write_json
     from vit_efficient.engine.setup import build_data, build_transforms
@@ -66,6 +68,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
 
     started = time.monotonic()
     data = build_data(recipe)
+    require_labels(recipe.model.num_classes, data)  # before a model is built, and perhaps calibrated, for nothing
     if path is not None:
         subject = from_checkpoint(path, recipe, data.num_classes)
     else:
@@ -77,6 +80,11 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     ready = time.monotonic()
     figures, device_bytes, device = evaluate_model(subject.model, data, transforms, recipe)
     seconds = time.monotonic() - ready
+    if not math.isfinite(figures["loss"]):
+        raise UserError(
+            f"The evaluation loss is {figures['loss']}: the model gives NaN or infinite logits for some image, so no "
+            "figure of it means anything. Check its weights, or evaluate in quantization.precision=fp32."
+        )
     metrics = {
         **{key: figures[key] for key in ("top1", "top5", "f1", "loss", "samples")},
         "epochs": 0,  # of training, by this command

@@ -129,13 +129,15 @@ def onnx(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.attention.sdpa import SdpaConfig
     from vit_efficient.engine.deployed import load_file
     from vit_efficient.engine.merging import check_free
-    from vit_efficient.engine.onnx_export import export_onnx
+    from vit_efficient.engine.onnx_export import export_onnx, floating_layers
     from vit_efficient.engine.rundir import MODEL
     from vit_efficient.measure.units import size
 
     check_free(options.out, ".onnx")
     path = Path(options.source)
-    deployed = load_file(path / MODEL if path.is_dir() else path, attention=SdpaConfig())
+    path = path / MODEL if path.is_dir() else path
+    deployed = load_file(path, attention=SdpaConfig())
+    floating = len(floating_layers(deployed.model))
     written = export_onnx(deployed.model, deployed.image, options.out, products=options.products)
     side = deployed.image.size
     for what, text in (
@@ -144,6 +146,12 @@ def onnx(options: argparse.Namespace, console: Console) -> None:
                   f"and std {deployed.image.std}; gives `logits` (B, {deployed.model.num_classes})"),
     ):  # fmt: skip
         console.print(f"[bold]{what:>13}[/]  {text}", soft_wrap=True)
+    if floating:
+        text = (
+            f"{floating} layers have quantized weights alone, and ONNX Runtime has no product for them: they are "
+            f"floating point in this file, and it is {written / path.stat().st_size:.1f} times as large as the model's"
+        )
+        console.print(f"[bold]{'note':>13}[/]  {text}", soft_wrap=True)
 
 
 def merge(options: argparse.Namespace, console: Console) -> None:

@@ -136,6 +136,9 @@ def fit(options: argparse.Namespace, console: Console) -> None:
         print_result(console, title, json.loads(run.metrics.read_text(encoding="utf-8")))
         return
     if checkpoint is None:
+        from vit_efficient.engine.base import check_given
+
+        check_given(recipe)  # before a folder is made
         if rank() == 0:  # the others may find the folder that rank 0 has just made
             run.check_new(again=options.resume == "auto")
         if options.resume == "auto":

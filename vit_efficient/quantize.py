@@ -23,6 +23,7 @@ from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
 
 VERIFIED_IMAGES = 32
+LOW_AGREEMENT = 0.8  # with full precision; below it a person is warned
 
 
 def parser() -> Parser:
@@ -78,9 +79,18 @@ def quantize(options: argparse.Namespace, console: Console) -> None:
     from vit_efficient.engine import quantizing
     from vit_efficient.engine.merging import check_free
     from vit_efficient.engine.rundir import write_json
+    from vit_efficient.engine.sensitivity import check_unwritten
     from vit_efficient.measure.units import duration
 
-    check_free(options.out)
+    if not options.sensitivity:
+        check_free(options.out)
+    elif options.output is not None:
+        raise UserError(
+            "--output is for the figures of a model that is written. With --sensitivity they are in "
+            f"{options.out.stem}.sensitivity.json beside --out: leave out --output."
+        )
+    else:
+        check_unwritten(options.out)
     recipe = resolved(options.recipe, options.overrides, console)
     started = time.monotonic()
     subject = quantizing.load_subject(recipe)
@@ -96,7 +106,14 @@ def quantize(options: argparse.Namespace, console: Console) -> None:
     found = quantizing.compare_file(subject, options.out, console)
     figures = {**found.figures(), "seconds": time.monotonic() - started}
     console.print(table(f"{recipe.variant}: {recipe.model.name}", found, duration(figures["seconds"])))
-    console.print(f"written to {options.out}; `evaluate --checkpoint {options.out}` counts it again", soft_wrap=True)
+    if found.logits.agreement < LOW_AGREEMENT:
+        text = (
+            f"only {found.logits.agreement:.0%} of the predictions are those of full precision: do not use this model."
+        )
+        advice = "Take more bits, calibration (quantization.calibration={}), or keep more layers in full precision"
+        console.print(f"[bold red]{'warning':>13}[/]  {text} {advice} (--sensitivity says which).", soft_wrap=True)
+    again = f"; `evaluate --checkpoint {options.out}` counts it again" if found.drop is not None else ""
+    console.print(f"written to {options.out}{again}", soft_wrap=True)
     if options.output is not None:
         write_json(options.output, figures)
 
@@ -110,9 +127,12 @@ def table(title: str, found: quantizing.Comparison, seconds: str) -> Table:  # t
     rows = Table(title=title, show_header=False, title_justify="left", title_style="bold")
     rows.add_column(style="bold")
     rows.add_column()
-    rows.add_row("top-1", accuracy(drop.top1, drop.n))
-    rows.add_row("full precision", percent(drop.top1_reference))
-    rows.add_row("drop", str(drop))
+    if drop is not None:
+        rows.add_row("top-1", accuracy(drop.top1, drop.n))
+        rows.add_row("full precision", percent(drop.top1_reference))
+        rows.add_row("drop", str(drop))
+    else:
+        rows.add_row("images", f"{logits.n:,}, whose labels are not the model's classes: no top-1")
     rows.add_row("same prediction", percent(logits.agreement))
     rows.add_row("KL divergence", f"{logits.kl:.4f}")
     rows.add_row("logit SNR", f"{logits.snr_db:.1f} dB")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +22,25 @@ from vit_efficient.data.sources.base import Source
 from vit_efficient.data.sources.csv_list import Files
 
 pytestmark = pytest.mark.slow
-Command = Callable[..., str]
+Start = Callable[..., subprocess.Popen[str]]
 CALIBRATION = 200
 
-# name, overrides, least agreement, largest KL divergence: what was measured, less what another machine may differ by.
+# Overrides, least agreement, largest KL divergence: what docs/results/ptq.md measured less what another machine may
+# differ by, and never below a bar there that the measurement holds.
 SCHEMES = {
-    "static": (("quantization=int8", "quantization.activations=static"), 0.96, 0.010),
-    "hybrid": (("quantization=int8", "quantization.activations=hybrid"), 0.965, 0.008),
-    "int4": (("quantization=int4", "quantization.type=int", "quantization.group=64"), 0.915, 0.06),
-}
+    "static": (("quantization=int8", "quantization.activations=static"), 0.96, 0.007),
+    "hybrid": (("quantization=int8", "quantization.activations=hybrid"), 0.97, 0.007),
+    "integer attention": (("quantization=int8", "quantization.attention=dynamic"), 0.98, 0.0025),
+    "int4": (("quantization=int4", "quantization.type=int", "quantization.group=64"), 0.92, 0.052),
+    "W4A8": (
+        ("quantization=int8", "quantization.weight_bits=4", "quantization.group=64", "quantization.zero_point=true",
+         "quantization.calibration={}"),
+        0.905, 0.062,
+    ),
+    "fp8": (("quantization=fp8", "quantization.calibration={}"), 0.966, 0.0075),
+    "NF4": (("quantization=int4", "quantization.lora=null"), 0.88, 0.115),
+}  # fmt: skip
+TIMEOUT_S = 1500  # for one model; a core alone needs three to four minutes
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +70,27 @@ def shared_archive(request: pytest.FixtureRequest) -> Path:
     return shared("data/ILSVRC2012_sample_train.tar")
 
 
-def quantize(command: Command, folder: Path, weights: Path, shards: Path, name: str, *words: str) -> dict[str, float]:
-    command(
+def quantize(start: Start, folder: Path, weights: Path, shards: Path, *words: str) -> dict[str, float]:
+    process = start(
         "quantize", "--recipe", "int8_sdpa", "protocol=imagenet_vit_l16", "model.name=vit_tiny_patch16_224",
         f"model.weights={weights}", f"data.shards={shards}", "data.eval_resize=256", "data.eval_batch_size=100",
         "data.decoder=exact", "data.workers=0", "strategy.accelerator=cpu", "quantization.precision=fp32",
-        *words, "--out", f"{name}.safetensors", "--output", f"{name}.json",
+        *words, "--out", "model.safetensors", "--output", "figures.json",
     )  # fmt: skip
-    found: dict[str, float] = json.loads((folder / f"{name}.json").read_text())
-    print(
-        name, {key: found[key] for key in ("agreement", "kl", "snr_db", "top1_drop", "top1_drop_interval", "seconds")}
-    )
+    printed, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, printed
+    found: dict[str, float] = json.loads((folder / "figures.json").read_text())
+    print({key: found[key] for key in ("agreement", "kl", "snr_db", "top1_drop", "top1_drop_interval", "seconds")})
     return found
 
 
-@pytest.mark.parametrize("name", ["static", pytest.param("hybrid", marks=pytest.mark.long), "int4"])
+@pytest.mark.timeout(TIMEOUT_S + 60)
+@pytest.mark.parametrize("name", [n if n == "static" else pytest.param(n, marks=pytest.mark.long) for n in SCHEMES])
 def test_agreement_with_full_precision(
-    name: str, command: Command, tmp_path: Path, shards: Path, shared: Callable[[str], Path]
+    name: str, start: Start, tmp_path: Path, shards: Path, shared: Callable[[str], Path]
 ) -> None:
     words, agreement, divergence = SCHEMES[name]
-    found = quantize(command, tmp_path, shared("weights/vit_tiny_patch16_224.safetensors"), shards, name, *words)
+    found = quantize(start, tmp_path, shared("weights/vit_tiny_patch16_224.safetensors"), shards, *words)
     assert found["samples"] == 800
     assert found["top1_reference"] == pytest.approx(0.8225, abs=0.004)
     assert found["agreement"] >= agreement

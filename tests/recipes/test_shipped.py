@@ -125,3 +125,12 @@ def test_imports_stay_lean(module: str, absent: str) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_support_page_says_where_a_quantized_model_runs() -> None:
+    """fp8 from sm_89 on; weights alone anywhere, though nothing of them can be trained."""
+    table = page().partition("## Running a quantized model")[2]
+    rows = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[1:] for line in table.splitlines()}
+    assert rows["fp8"] == ["fp32", "no (3)", "no (4)", "bf16", "bf16"]
+    assert rows["int4, groups"] == ["fp32", "fp16", "bf16", "bf16", "bf16"]
+    assert "no fp8 matrix units" in table

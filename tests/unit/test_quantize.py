@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vit_efficient import evaluate, quantize
+from vit_efficient import evaluate, export, fit, quantize
 from vit_efficient.cli import USER_ERROR
 from vit_efficient.data.cache import ensure_digits
 from vit_efficient.engine.deployed import load_file as load_model
+from vit_efficient.engine.deployed import save_deployed
 from vit_efficient.errors import CheckpointError, RecipeError, UserError
 from vit_efficient.model.build import build_model
 from vit_efficient.model.weights import file_digest
@@ -156,6 +157,19 @@ def test_other_schemes(variant: tuple[str, ...], weights: Path, tmp_path: Path) 
     assert load_model(out).source is not None
 
 
+def test_weight_only_as_onnx_says_that_it_is_floating_point(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "model.safetensors"
+    scheme = ("quantization=int4", "quantization.type=int", "quantization.group=32", CALIBRATION)
+    quantize.main(words(weights, *scheme, "--out", out, recipe="int8_sdpa"))
+    printed(capsys)
+    export.main(["onnx", str(out), "--out", str(tmp_path / "model.onnx")])
+    ratio = (tmp_path / "model.onnx").stat().st_size / out.stat().st_size
+    assert re.search(rf"note +4 layers have quantized weights alone.*{ratio:.1f} times as large", printed(capsys))
+
+
 def test_the_same_twice(model_file: Path, weights: Path, tmp_path: Path) -> None:
     more = (CALIBRATION, "quantization.attention=static", "quantization.keep=[]")
     quantize.main(words(weights, *more, "--out", tmp_path / "model.safetensors"))
@@ -199,6 +213,24 @@ def test_where_the_file_goes(weights: Path, tmp_path: Path) -> None:
     refused(r"this file is called NAME\.safetensors", words(weights, "--out", tmp_path / "m.pt"))
 
 
+def test_sensitivity_beside_a_written_model(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The order of the README: the model is there already, and is left alone; the measurement is never overwritten."""
+    out = tmp_path / "model.safetensors"
+    out.write_text("mine")
+    sensitivity = words(weights, CALIBRATION, "--sensitivity", "--out", out)
+    assert quantize.main(sensitivity) == 0
+    assert "drop" in printed(capsys)
+    assert out.read_text() == "mine"
+    measured = tmp_path / "model.sensitivity.json"
+    before = measured.read_bytes()
+    refused(r"model\.sensitivity\.json already exists, and is never overwritten", sensitivity)
+    measured.unlink()
+    refused(r"model\.sensitivity\.png already exists", sensitivity)
+    assert len(before) > 1000
+    output = [*words(weights, CALIBRATION, "--sensitivity", "--out", tmp_path / "n"), "--output", "f.json"]
+    refused(r"they are in n\.sensitivity\.json beside --out: leave out --output", output)
+
+
 def test_weights_that_are_not_there_or_do_not_fit(weights: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "m.safetensors")
     refused("there is no such file or folder", words(tmp_path / "none.safetensors", *out), CheckpointError)
@@ -221,8 +253,44 @@ def test_weights_with_a_nan(weights: Path, tmp_path: Path) -> None:
     state["blocks.0.mlp.fc1.weight"][3, 4] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
     arguments = words(tmp_path / "nan.safetensors", CALIBRATION, "--out", tmp_path / "m.safetensors")
-    refused(r"^blocks\.0\.mlp\.fc1: .*NaN or an infinity", arguments)
+    refused(r"the weight blocks\.0\.mlp\.fc1\.weight holds a NaN or an infinity. Check `model\.weights`", arguments)
+    dynamic = words(tmp_path / "nan.safetensors", "--out", tmp_path / "m.safetensors", recipe="int8_sdpa")
+    refused(r"the weight blocks\.0\.mlp\.fc1\.weight holds a NaN", dynamic)
+    with pytest.raises(CheckpointError, match="holds a NaN"):
+        evaluate.main(words(tmp_path / "nan.safetensors", recipe="int8_sdpa"))
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_model_file_that_answers_nan(model_file: Path, tmp_path: Path) -> None:
+    """Written whole, by weights that had gone wrong: its figures are refused, not printed."""
+    made = load_model(model_file)
+    made.model.norm.weight.fill_(float("nan"))
+    save_deployed(tmp_path / "nan.safetensors", made.model, made.recipe, made.class_names)
+    with pytest.raises(UserError, match=r"evaluation loss is nan: the model gives NaN or infinite logits"):
+        evaluate.main(["--checkpoint", str(tmp_path / "nan.safetensors"), *MACHINE])
+
+
+def test_a_damaged_model_file_is_no_mistake_in_the_recipe(model_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(model_file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="is damaged") as error:
+        evaluate.main(["--checkpoint", str(tmp_path / "cut.safetensors"), *MACHINE])
+    assert "in the recipe" not in str(error.value)
+
+
+def test_fit_from_a_refused_base_leaves_no_folder(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["--recipe", "int4_sdpa", SMALL, *MACHINE, "data.batch_size=32"]
+    with pytest.raises(
+        CheckpointError, match=r"`quantization\.base` is 'none\.safetensors', and there is no such file"
+    ):
+        fit.main([*base, "quantization.base=none.safetensors"])
+    with pytest.raises(UserError, match="is a quantized model file"):
+        fit.main([*base, f"quantization.base={model_file}"])
+    with pytest.raises(CheckpointError, match=r"`model\.weights` is 'none\.pth'"):
+        fit.main(["--recipe", "int8_sdpa", SMALL, *MACHINE, "data.batch_size=32", "model.weights=none.pth"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_recipe_that_cannot_run(weights: Path, tmp_path: Path) -> None:

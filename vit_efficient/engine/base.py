@@ -14,6 +14,8 @@ from vit_efficient.engine.lock import RunLock
 from vit_efficient.engine.rundir import ROOT, RunDir
 from vit_efficient.engine.train import train
 from vit_efficient.machine import Machine, rank
+from vit_efficient.model.build import refuse_rounded
+from vit_efficient.model.weights import from_hub, locate
 from vit_efficient.quantization.none import NoneConfig
 from vit_efficient.recipe.schema import CheckpointConfig, Recipe
 
@@ -66,6 +68,22 @@ def given_base(recipe: Recipe) -> Base | None:
         return None
     seconds = json.loads(run.metrics.read_text(encoding="utf-8"))["seconds"]
     return Base(str(run.model), float(seconds))
+
+
+def check_given(recipe: Recipe) -> None:
+    """See that the weights that the recipe names are there and are what it may start from; reads no tensor.
+
+    Raises:
+        UserError: they are quantized already.
+        CheckpointError: there is no such file.
+    """
+    for key, spec in (
+        ("quantization.base", getattr(recipe.quantization, "base", None)),
+        ("model.weights", recipe.model.weights),
+    ):
+        if spec is not None and not from_hub(spec):
+            locate(spec, key=key)
+    refuse_rounded(recipe, _named(recipe))
 
 
 def ensure_base(recipe: Recipe, machine: Machine, console: Console) -> Base:

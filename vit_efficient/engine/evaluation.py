@@ -10,6 +10,7 @@ from torch import nn
 
 from vit_efficient.data.datamodule import ViTDataModule
 from vit_efficient.data.device import DeviceTransforms
+from vit_efficient.engine.pretrained import require_labels
 from vit_efficient.engine.trainer import build_trainer
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.model.metrics import ClassificationMetrics
@@ -73,7 +74,11 @@ def evaluate_model(
 
     Returns:
         The figures, the bytes of the weights on the device, and that device.
+
+    Raises:
+        UserError: the model has other classes than the data, or the data has one alone.
     """
+    require_labels(getattr(model, "num_classes", None), datamodule)
     recipe = recipe.model_copy(update={"strategy": replicated(recipe.strategy)})
     trainer = build_trainer(recipe, run_dir=None, callbacks=callbacks or [])
     module = Evaluation(model.eval(), transforms, datamodule.num_classes)

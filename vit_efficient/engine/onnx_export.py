@@ -83,6 +83,12 @@ def export_onnx(model: nn.Module, image: ImageSpec, path: Path, *, products: Pro
     return path.stat().st_size
 
 
+def floating_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that `export_onnx` writes in floating point although their weights are quantized."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, DeployedInt8))
+    return [name for name, layer in layers if layer.scheme.activations == "none"]
+
+
 @contextmanager
 def _unpacked(model: nn.Module) -> Iterator[None]:
     """While it lasts, 4-bit layers hold their codes one a byte: ONNX cannot take two out of one."""

@@ -23,13 +23,15 @@ from vit_efficient.engine.calibration import (
 )
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.evaluation import speed_up
+from vit_efficient.engine.pretrained import labelled, require_trained_head
 from vit_efficient.engine.sensitivity import choose_keep, run_sensitivity
 from vit_efficient.engine.setup import build_data, build_transforms
 from vit_efficient.errors import UserError
 from vit_efficient.measure.logits import LogitComparison, PairedDrop, compare, paired_drop
 from vit_efficient.measure.memory import weight_bytes
-from vit_efficient.model.build import Built, build_model, build_plain, compute_dtype
-from vit_efficient.model.weights import file_digest, is_quantized, locate
+from vit_efficient.model.build import Built, build_backbone, build_model, compute_dtype
+from vit_efficient.model.origin import Origin
+from vit_efficient.model.weights import is_quantized
 from vit_efficient.quantization.base import AutoKeep, Report
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.recipe.schema import Recipe
@@ -49,42 +51,46 @@ class Subject:
     """How the weights came to fit, for a person to read."""
 
     @property
-    def weights(self) -> str:
-        """Where the weights come from."""
-        weights = self.recipe.model.weights or getattr(self.recipe.quantization, "base", None)
-        assert weights is not None
-        return weights
+    def labelled(self) -> bool:
+        """Whether the data's labels are the model's classes; a drop is one of agreement where they are not."""
+        return labelled(self.recipe, self.data)
 
 
 @dataclass
 class Quantized:
-    """A quantized model and how far it is from full precision on the evaluation images (None without any)."""
+    """A quantized model, and how it came about."""
 
     recipe: Recipe
     model: nn.Module
     report: Report
     lines: list[str]
+    origin: Origin
+    """The weights that it was made of."""
 
 
 @dataclass
 class Comparison:
-    """The written file beside the model that it was made of, on the same images."""
+    """The written file beside the model that it was made of, on the same images; `drop` is None without labels."""
 
     logits: LogitComparison
-    drop: PairedDrop
+    drop: PairedDrop | None
     file_bytes: int
     device_bytes: int
     fp32_bytes: int
 
     def figures(self) -> dict[str, Any]:
         """For `--output`."""
-        drop = self.drop
+        drop, top1 = self.drop, {}
+        if drop is not None:
+            top1 = {
+                "top1": drop.top1,
+                "top1_reference": drop.top1_reference,
+                "top1_drop": drop.drop,
+                "top1_drop_interval": [drop.low, drop.high],
+            }
         return {
-            "samples": drop.n,
-            "top1": drop.top1,
-            "top1_reference": drop.top1_reference,
-            "top1_drop": drop.drop,
-            "top1_drop_interval": [drop.low, drop.high],
+            "samples": self.logits.n,
+            **top1,
             "agreement": self.logits.agreement,
             "kl": self.logits.kl,
             "snr_db": self.logits.snr_db,
@@ -98,7 +104,8 @@ def load_subject(recipe: Recipe) -> Subject:
     """The full-precision model of a resolved recipe with its pretrained weights.
 
     Raises:
-        UserError: no weights, the recipe quantizes nothing or trains adapters, or weights and data do not fit.
+        UserError: no weights, the recipe quantizes nothing or trains adapters, or weights and data do not fit: the
+            weights' head has other classes than the model is asked for, and would be a random one.
     """
     quantization: Any = recipe.quantization
     if quantization.name == "none":
@@ -112,22 +119,20 @@ def load_subject(recipe: Recipe) -> Subject:
         )
     if not (recipe.model.weights or getattr(quantization, "base", None)):
         raise UserError("quantize: there is no trained model to quantize. Give it as `model.weights=` (a file).")
-    weights = recipe.model.weights or quantization.base
+    weights = getattr(quantization, "base", None) or recipe.model.weights  # as `build_model` takes them
     if is_quantized(weights):
         raise UserError(
             f"quantize: {weights} is quantized already, and would be taken for full precision. Give the float weights "
             "that it was made of."
         )
     data = build_data(recipe)
-    config = recipe.model
-    if config.weights is None:
-        config = config.model_copy(update={"weights": quantization.base})
     torch.manual_seed(recipe.run.seed)
-    model, image, notes = build_plain(config, recipe, data.num_classes)
-    data.image = image
-    device = training_device(recipe)
+    backbone = build_backbone(recipe.model.model_copy(update={"weights": weights}), recipe, data.num_classes)
+    require_trained_head(backbone.fresh_head, recipe)
+    model, data.image, device = backbone.model, backbone.image, training_device(recipe)
     parameters = sum(p.numel() for p in model.parameters())
-    return Subject(recipe, model.eval().requires_grad_(False).to(device), image, data, device, parameters, notes)
+    model = model.eval().requires_grad_(False).to(device)
+    return Subject(recipe, model, backbone.image, data, device, parameters, backbone.notes)
 
 
 def quantize(subject: Subject, console: Console) -> Quantized:
@@ -143,7 +148,8 @@ def quantize(subject: Subject, console: Console) -> Quantized:
     if needs_calibration(recipe):
         lines += calibrate_model(recipe, built.model, subject.data, subject.image, console)
     recipe.quantization.finalize(built.model)
-    return Quantized(recipe, built.model.eval().to(subject.device), built.report, lines)
+    assert built.origin is not None, "`load_subject` wants weights"
+    return Quantized(recipe, built.model.eval().to(subject.device), built.report, lines, built.origin)
 
 
 def _build(subject: Subject, recipe: Recipe) -> Built:
@@ -180,9 +186,11 @@ def sensitivity(subject: Subject, out: Path, console: Console) -> None:
         )  # fmt: skip
 
 
-def _calibration_images(subject: Subject) -> tuple[list[Tensor], Tensor]:
+def _calibration_images(subject: Subject) -> tuple[list[Tensor], Tensor | None]:
+    """Calibration images in batches, and their labels where they are the model's classes."""
     config = getattr(subject.recipe.quantization, "calibration", None) or CalibrationConfig()
-    return calibration_batches(subject.recipe, subject.data, subject.image, config.samples, subject.device)
+    batches, labels = calibration_batches(subject.recipe, subject.data, subject.image, config.samples, subject.device)
+    return batches, labels if subject.labelled else None
 
 
 def _precision(subject: Subject) -> AbstractContextManager[Any]:
@@ -192,13 +200,18 @@ def _precision(subject: Subject) -> AbstractContextManager[Any]:
 
 
 def write(subject: Subject, quantized: Quantized, out: Path) -> int:
-    """Write the model file, and say in it where its weights came from; its size in bytes."""
+    """Write the model file, and say in it where its weights came from; its size in bytes.
+
+    Where the data has other classes than the model, the file's classes are called by their numbers.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = None if subject.weights.startswith("timm") else locate(subject.weights)
-    source = {"weights": subject.weights if path is None else path.name}
-    if path is not None:
-        source["sha256"] = file_digest(path)
-    return save_deployed(out, quantized.model, quantized.recipe, subject.data.class_names, source=source)
+    origin = quantized.origin
+    on_disk = Path(origin.source).is_file()  # else it is a name on the hub, whose file has a hash all the same
+    source = {"weights": Path(origin.source).name if on_disk else origin.source, "sha256": origin.sha256}
+    names = subject.data.class_names
+    if (classes := subject.recipe.model.num_classes) not in (None, len(names)):
+        names = [str(number) for number in range(classes)]
+    return save_deployed(out, quantized.model, quantized.recipe, names, source=source)
 
 
 @torch.no_grad()
@@ -221,7 +234,7 @@ def compare_file(subject: Subject, out: Path, console: Console) -> Comparison:
     reference_BC, logits_BC, labels_B = torch.cat(references), torch.cat(logits), torch.cat(labels)
     return Comparison(
         compare(reference_BC, logits_BC),
-        paired_drop(labels_B, reference_BC, logits_BC),
+        paired_drop(labels_B, reference_BC, logits_BC) if subject.labelled else None,
         out.stat().st_size,
         weight_bytes(model),
         4 * subject.parameters,

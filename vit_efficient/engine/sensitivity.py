@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vit_efficient.bars import progress
 from vit_efficient.engine.rundir import write_json
+from vit_efficient.errors import UserError
 from vit_efficient.measure.logits import tango
 from vit_efficient.measure.sensitivity_plot import draw
 from vit_efficient.measure.sensitivity_table import plain, sensitivity_table
@@ -57,12 +58,29 @@ def run_sensitivity(
             lambda done, total: report("sensitivity", done, total),
         )  # fmt: skip
     console.print(sensitivity_table(records, title))
-    figures, picture = (out.with_name(f"{out.stem}.sensitivity.{kind}") for kind in ("json", "png"))
+    figures, picture = written_beside(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(figures, plain(records))
     draw(records, title, picture)
     console.print(f"every layer is in {figures}; the picture is {picture}", soft_wrap=True)
     return records
+
+
+def written_beside(out: Path) -> tuple[Path, Path]:
+    """The figures and the picture that `run_sensitivity` writes."""
+    figures, picture = (out.with_name(f"{out.stem}.sensitivity.{kind}") for kind in ("json", "png"))
+    return figures, picture
+
+
+def check_unwritten(out: Path) -> None:
+    """See that the figures and the picture can be written beside `out`; that file itself may be there.
+
+    Raises:
+        UserError: one of them is there already.
+    """
+    for path in written_beside(out):
+        if path.exists():
+            raise UserError(f"{path} already exists, and is never overwritten. Choose another name for --out.")
 
 
 def choose_keep(

@@ -17,6 +17,7 @@ from vit_efficient.engine.base import given_base, has_adapters
 from vit_efficient.engine.calibration import calibrate_model, needs_calibration
 from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file
+from vit_efficient.engine.pretrained import require_trained_head
 from vit_efficient.engine.resume import differing_keys
 from vit_efficient.engine.rundir import MODEL, RunDir
 from vit_efficient.errors import CheckpointError, UserError
@@ -152,10 +153,11 @@ def from_weights(
         console: shows how far that is.
 
     Raises:
-        UserError: it must be calibrated, and there are no training images.
+        UserError: it must be calibrated, and there are no training images; the weights have no head for these classes.
     """
     torch.manual_seed(recipe.run.seed)
     built = build_model(recipe, num_classes, base=getattr(recipe.quantization, "base", None))
+    require_trained_head(built.fresh_head, recipe)
     lines = [f"{recipe.model.weights}, quantized without training", *built.report.lines(), *built.notes]
     if needs_calibration(recipe):
         if data is None:

@@ -1,4 +1,4 @@
-"""A sensitivity measurement in a terminal, and as plain data."""
+"""A sensitivity measurement in a terminal of 80 columns, and as plain data."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ WORST = 12  # single layers shown; a file holds all of them
 SECTIONS: tuple[tuple[Kind, str], ...] = (
     ("all", ""),
     ("rest", ""),
-    ("role", "only this role quantized"),
-    ("block", "only this block quantized"),
-    ("layer", "only this layer quantized"),
-    ("protect", "everything quantized, except"),
+    ("role", "one role"),
+    ("block", "one block"),
+    ("layer", "one layer"),
+    ("protect", "all except"),
 )
 
 
 def sensitivity_table(records: Sequence[Record], title: str) -> Table:
     """What is quantized, worst first among single layers and in the model's order elsewhere.
+
+    Names are never cut: `blocks.1.mlp.fc1` and `blocks.1.mlp.fc2` differ in their last letter.
 
     Args:
         records: of `sensitivity.measure`.
@@ -33,19 +35,24 @@ def sensitivity_table(records: Sequence[Record], title: str) -> Table:
     """
     n, labelled = records[0].logits.n, records[0].top1 is not None
     whole = next((record for record in records if record.subject.kind == "all"), None)
-    table = Table(title=f"{title}: sensitivity, {n:,} images", title_justify="left", title_style="bold")
-    table.add_column("quantized")
-    table.add_column("bytes, share of float", justify="right")
-    for heading in ("SNR dB", "KL nats", "agreement"):
-        table.add_column(heading, justify="right")
-    if labelled:
-        table.add_column("top-1 drop, points (95 %)", justify="right")
+    table = Table(
+        title=f"{title}: sensitivity, {n:,} images",
+        title_justify="left",
+        title_style="bold",
+        caption="size: of these layers, and as a share of float; drop: points of top-1, its interval is in the file"
+        if labelled
+        else "size: of these layers, and as a share of float",
+        caption_justify="left",
+    )
+    table.add_column("quantized", no_wrap=True)
+    for heading in ("size", "SNR dB", "KL nats", "agree", *(("drop",) if labelled else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
     for kind, heading in SECTIONS:
         own = [record for record in records if record.subject.kind == kind]
         if not own:
             continue
         if kind == "layer":
-            heading += f": the {WORST} worst of {len(own)}" if len(own) > WORST else ""
+            heading += f", {WORST} worst of {len(own)}" if len(own) > WORST else ""
             own = worst_first(own)[:WORST]
         if heading:
             table.add_section()
@@ -63,7 +70,9 @@ def worst_first(records: Sequence[Record]) -> list[Record]:
 def plain(records: Sequence[Record]) -> dict[str, Any]:
     """For a JSON file: `images`, and under `records` a flat mapping each.
 
-    Infinite figures become null: `snr_db` of equal logits, and `snr_db` and `kl` of a model that is `broken`.
+    With labels, `drop` is in points of top-1 and `drop_interval` its 95 % interval (`tango`); without, the one is in
+    points of agreement and the other null. Infinite figures become null: `snr_db` of equal logits, and `snr_db` and
+    `kl` of a model that is `broken`.
     """
     return {"images": records[0].logits.n, "records": [_flat(record) for record in records]}
 
@@ -72,6 +81,9 @@ def _flat(record: Record) -> dict[str, Any]:
     whole = asdict(record)
     flat = {**whole.pop("subject"), **whole.pop("logits"), **whole}
     del flat["n"]
+    flat["drop"], flat["drop_interval"] = record.drop, None
+    if record.lost is not None and record.gained is not None:
+        flat["drop_interval"] = [100 * end for end in tango(record.lost, record.gained, record.logits.n)]
     return {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in flat.items()}
 
 
@@ -83,15 +95,12 @@ def _cells(record: Record, whole: Record | None, labelled: bool) -> list[str]:
         weight = f"{size(record.weight_bytes)}, {record.weight_bytes / record.float_bytes:.2f}"
     else:
         weight = "no layer"
-    cells = [f"  {record.subject.name}", weight]
+    cells = [record.subject.name, weight]
     if logits.broken:
-        cells += ["-", f"NaN, {logits.broken} images"]
+        cells += ["NaN", "NaN"]
     else:
         cells += ["equal" if math.isinf(logits.snr_db) else f"{logits.snr_db:.1f}", f"{logits.kl:.2g}"]
     cells.append(f"{100 * logits.agreement:.1f} %")
     if labelled:
-        assert record.lost is not None
-        assert record.gained is not None
-        low, high = (100 * end for end in tango(record.lost, record.gained, logits.n))
-        cells.append(f"{record.drop:+.2f} ({low:+.1f} to {high:+.1f})")
+        cells.append(f"{record.drop:+.1f}")
     return cells

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,20 @@ from vit_efficient.errors import CheckpointError
 SHOWN = 10
 
 
-def adapt(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+@dataclass(frozen=True)
+class FreshHead:
+    """A classifier that the weights did not fill, so that its answers are random.
+
+    Args:
+        classes: what the model was asked for.
+        loaded: what the weights have; None: no classifier at all.
+    """
+
+    classes: int
+    loaded: int | None
+
+
+def adapt(model: nn.Module, state: dict[str, Tensor], source: str) -> tuple[list[str], FreshHead | None]:
     """Load `state` into a timm model and say what had to be changed for it to fit.
 
     Position embeddings, patch embeddings and relative position tables are resized by timm's own filter for the model's
@@ -28,17 +42,17 @@ def adapt(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
         source: what to call them in messages.
 
     Returns:
-        Sentences for a person to read.
+        Sentences for a person to read, and the first classifier that keeps its initial weights, if one does.
 
     Raises:
         CheckpointError: names that are missing, not known, or of another shape; the first ten of each.
     """
     fitted = _filter(model, state, source)
     notes = _resized(state, fitted, model)
-    fresh, said = _leave_out_heads(model, fitted)
-    _check(model, fitted, fresh, source)
+    names, head, said = _leave_out_heads(model, fitted)
+    _check(model, fitted, names, source)
     model.load_state_dict(fitted, strict=False)  # strict but for the fresh heads, as just checked
-    return notes + said
+    return notes + said, head
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -91,15 +105,21 @@ def _resized(before: dict[str, Tensor], after: dict[str, Tensor], model: nn.Modu
     return notes
 
 
-def _leave_out_heads(model: nn.Module, state: dict[str, Tensor]) -> tuple[set[str], list[str]]:
-    """Take heads of another class count out of `state`; the names that then keep their initial weights, and notes."""
+def _leave_out_heads(model: nn.Module, state: dict[str, Tensor]) -> tuple[set[str], FreshHead | None, list[str]]:
+    """Take heads of another class count out of `state`.
+
+    Returns:
+        The names that then keep their initial weights, the first such head, and notes.
+    """
     parameters = dict(model.named_parameters())
     fresh: set[str] = set()
+    first: FreshHead | None = None
     notes = []
     for head in head_names(model):
         own, loaded = parameters.get(f"{head}.weight"), state.get(f"{head}.weight")
         if own is None or (loaded is not None and loaded.shape[0] == own.shape[0]):
             continue
+        first = first or FreshHead(own.shape[0], None if loaded is None else loaded.shape[0])
         if loaded is None:
             notes.append(f"the weights have no `{head}`: initialised for {own.shape[0]} classes")
         else:
@@ -107,7 +127,7 @@ def _leave_out_heads(model: nn.Module, state: dict[str, Tensor]) -> tuple[set[st
         for name in (f"{head}.weight", f"{head}.bias"):
             state.pop(name, None)
             fresh.add(name)
-    return fresh, notes
+    return fresh, first, notes
 
 
 def _check(model: nn.Module, state: dict[str, Tensor], fresh: set[str], source: str) -> None:

@@ -12,11 +12,11 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from vit_efficient.data.image import ImageSpec
-from vit_efficient.errors import UserError
-from vit_efficient.model.adapt import adapt
+from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.model.adapt import FreshHead, adapt
 from vit_efficient.model.hub import pretrained_name
 from vit_efficient.model.narrow import narrow_linears
-from vit_efficient.model.weights import Weights, read_weights
+from vit_efficient.model.weights import Weights, not_finite, read_weights
 from vit_efficient.recipe.schema import ModelConfig
 
 # What timm.create_model takes and a recipe says elsewhere, or must not say because it loads files or changes the kind
@@ -44,6 +44,8 @@ class Backbone:
         weights_digest: sha256 of the weight file; None for random initial weights.
         changes: those of the notes that say how the weights had to be changed to fit.
         weights_source: the weight file's path, or its name on the hub; None for random initial weights.
+        fresh_head: the classifier that the weights have not or have for other classes; None where they filled it, and
+            for random initial weights.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Backbone:
     weights_digest: str | None = None
     changes: list[str] = field(default_factory=list)
     weights_source: str | None = None
+    fresh_head: FreshHead | None = None
 
 
 def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Backbone:
@@ -61,7 +64,7 @@ def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Back
 
     Raises:
         UserError: no such model, not a Vision Transformer, arguments that timm refuses.
-        CheckpointError: weights that cannot be read or do not fit.
+        CheckpointError: weights that cannot be read, do not fit, or hold a NaN or an infinity.
     """
     name = _known_name(config.name)
     _check_kwargs(config)
@@ -71,9 +74,14 @@ def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Back
     image = _image_spec(model, config)
     if weights is None:
         return Backbone(model, image, ["no weights given: initialised at random"])
-    changes = adapt(model, weights.state, weights.source)
+    changes, fresh = adapt(model, weights.state, weights.source)
+    if (broken := not_finite(weights.state)) is not None:
+        raise CheckpointError(
+            f"{weights.source}: the weight {broken} holds a NaN or an infinity. Check `model.weights`: such a model "
+            "answers nothing."
+        )
     notes = [f"weights from {weights.source}", *changes]
-    return Backbone(model, image, notes, weights.digest, changes, weights.source)
+    return Backbone(model, image, notes, weights.digest, changes, weights.source, fresh)
 
 
 def _known_name(name: str) -> str:

@@ -11,6 +11,7 @@ from vit_efficient.attention.padding import pad_tokens
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import UserError
+from vit_efficient.model.adapt import FreshHead
 from vit_efficient.model.backbone import Backbone, create_backbone
 from vit_efficient.model.narrow import widen
 from vit_efficient.model.origin import Origin
@@ -34,6 +35,8 @@ class Built:
     """Weights of the float model, before quantization and adapters."""
     origin: Origin | None = None
     """The weight file that it began from; None: random initial weights."""
+    fresh_head: FreshHead | None = None
+    """The classifier that was left at random though weights were given."""
 
     @property
     def trainable(self) -> int:
@@ -54,17 +57,33 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 def build_plain(config: ModelConfig, recipe: Recipe, num_classes: int) -> tuple[nn.Module, ImageSpec, list[str]]:
     """The float model with the recipe's attention: steps one and two of the list."""
-    backbone = _backbone(config, recipe, num_classes)
+    backbone = build_backbone(config, recipe, num_classes)
     return backbone.model, backbone.image, list(backbone.notes)
 
 
-def _backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Backbone:
+def build_backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Backbone:
+    """`build_plain` with all that is known of the weights."""
     backbone = create_backbone(config, num_classes)
     patches_as_product(backbone.model)
     swap_attention(backbone.model, recipe.attention.build())
     if config.pad_tokens:
         pad_tokens(backbone.model, config.pad_tokens)
     return backbone
+
+
+def refuse_rounded(recipe: Recipe, weights: str | None) -> None:
+    """Refuse a quantized model file where its weights would be taken for full precision.
+
+    Raises:
+        UserError: it is one.
+        CheckpointError: there is no such file.
+    """
+    if recipe.quantization.name != "int8" and is_quantized(weights):
+        raise UserError(
+            f"{weights} is a quantized model file, and quantization={recipe.quantization.name} would take its "
+            "rounded weights for full precision. Give the float weights that it was made of; quantization=int8 can "
+            "go on training from such a file."
+        )
 
 
 def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) -> Built:
@@ -82,18 +101,13 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
         UserError: unknown model, weights that do not fit, nothing to quantize, a backend that refuses.
     """
     config = recipe.model.model_copy(update={"weights": base}) if base else recipe.model
-    if recipe.quantization.name != "int8" and is_quantized(config.weights):
-        raise UserError(
-            f"{config.weights} is a quantized model file, and quantization={recipe.quantization.name} would take its "
-            "rounded weights for full precision. Give the float weights that it was made of; quantization=int8 can "
-            "go on training from such a file."
-        )
+    refuse_rounded(recipe, config.weights)
     if config.storage != "float32" and getattr(recipe.quantization, "lora", None) is None:
         raise UserError(
             f"model.storage: {config.storage} rounds the weights, which is for a frozen base, and this recipe trains "
             "them. Take quantization=int4 or quantization.lora, or model.storage=float32."
         )
-    backbone = _backbone(config, recipe, num_classes)
+    backbone = build_backbone(config, recipe, num_classes)
     model = backbone.model
     parameters = sum(p.numel() for p in model.parameters())
     report = recipe.quantization.apply(model, compute_dtype=compute_dtype(recipe))
@@ -103,4 +117,4 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
     if backbone.weights_digest is not None:
         assert backbone.weights_source is not None, "a hash is of something"
         origin = Origin(backbone.weights_source, backbone.weights_digest)
-    return Built(model, backbone.image, report, list(backbone.notes), parameters, origin)
+    return Built(model, backbone.image, report, list(backbone.notes), parameters, origin, backbone.fresh_head)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
+from vit_efficient.errors import UserError
+
 
 class ClassificationMetrics(nn.Module):
     """Top-1, top-5, macro F1, mean loss, accuracy of each class and the confusion matrix (torchmetrics).
@@ -19,10 +21,15 @@ class ClassificationMetrics(nn.Module):
 
     Args:
         num_classes: C. With fewer than five classes, "top-5" means top-C, which is always 1.
+
+    Raises:
+        UserError: there is one class alone.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        if num_classes < 2:
+            raise UserError("The data has a single class, so there is nothing to tell apart. Give two classes or more.")
         self.num_classes = num_classes
         self.scores = MetricCollection(
             {

@@ -21,12 +21,16 @@ from vit_efficient.errors import CapabilityError, Problem, RecipeError, UserErro
 from vit_efficient.machine import detect
 from vit_efficient.model.fused import FusedBlock, fuse_blocks
 from vit_efficient.model.patches import patches_as_product
+from vit_efficient.model.weights import not_finite
 from vit_efficient.quantization.calibrate import FEWEST, calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.config import QuantizationConfig
 from vit_efficient.quantization.stored import QuantizedLayer
+from vit_efficient.recipe.explain import rewrite, unknown_keys
 from vit_efficient.recipe.load import load_recipe
+from vit_efficient.recipe.merge import Layer, flatten
 from vit_efficient.recipe.schema import Recipe
+from vit_efficient.recipe.shape import section_at
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # What a mapping may hold where it has sections; without them it is the quantization section itself.
@@ -67,7 +71,8 @@ def quantize_model(
 
     Raises:
         UserError: no Vision Transformer with known attention, one that is quantized or compiled already, a recipe that
-            quantizes nothing, no calibration images for a scheme that needs them, or too few.
+            quantizes nothing, weights with a NaN; for a scheme that needs calibration images: none, too few, or images
+            that the model does not take.
         RecipeError: no such recipe, or mistakes in it.
         CapabilityError: the device cannot run it.
     """
@@ -86,7 +91,7 @@ def quantize_model(
         assert calibration is not None, "checked above"
         config = getattr(quantization, "calibration", None) or CalibrationConfig()
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
-            lines += calibrate(model, _batches(calibration, config.samples, device), config).lines()
+            lines += calibrate(model, _batches(calibration, config.samples, model), config).lines()
     quantization.finalize(model)
     if getattr(quantization, "attention", "none") == "none":
         swap_attention(model, attention.build())
@@ -135,14 +140,16 @@ def _sections(recipe: Any) -> tuple[Any, AttentionBackendConfig]:
 def _validated(kind: Any, section: str, content: Any) -> Any:
     if isinstance(content, Config):
         return content
+    given = {"name": content} if isinstance(content, str) else dict(content)
+    layer = Layer()
+    for path, value in flatten(given, (section,), section_at((section,))):
+        layer.set(path, value, "")
+    if unknown := unknown_keys(layer):
+        raise RecipeError([problem for _, problem in unknown])
     try:
-        return TypeAdapter(kind).validate_python({"name": content} if isinstance(content, str) else dict(content))
+        return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
-        problems = []
-        for one in error.errors():
-            path = ".".join(str(part) for part in (section, *one["loc"]))
-            problems.append(Problem(path, one["msg"].removeprefix("Value error, ")))
-        raise RecipeError(problems) from None
+        raise RecipeError(rewrite(error, {section: given}, lambda path: "", under=(section,))) from None
 
 
 def _check(model: nn.Module, quantization: Any, calibration: Images | None) -> None:
@@ -151,6 +158,11 @@ def _check(model: nn.Module, quantization: Any, calibration: Images | None) -> N
     for name, module in model.named_modules():
         if isinstance(module, FusedBlock) or (name and isinstance(module, QuantizedLayer)):
             raise UserError(f"quantize_model: `{name}` is quantized already. Give the float model.")
+    if next(model.parameters()).device.type != "meta" and (broken := not_finite(model.state_dict())) is not None:
+        raise UserError(
+            f"quantize_model: `{broken}` holds a NaN or an infinity, so the model answers nothing. Check the weights "
+            "that were loaded into it."
+        )
     needed = bool(getattr(quantization, "needs_calibration", False))
     if needed and calibration is None:
         raise UserError(
@@ -200,8 +212,13 @@ def _head_widths(model: nn.Module) -> set[int]:
     return {width for width in plain if isinstance(width, int)} | head_widths(model)
 
 
-def _batches(images: Images, samples: int, device: torch.device) -> list[Tensor]:
-    """At most `samples` images, in batches, float32 on the device."""
+def _batches(images: Images, samples: int, model: nn.Module) -> list[Tensor]:
+    """At most `samples` images, in batches, float32 on the model's device.
+
+    Raises:
+        UserError: they are not what the model takes, or too few.
+    """
+    device = next(model.parameters()).device
     batches: list[Tensor] = []
     left = samples
     for batch in images.split(64) if isinstance(images, Tensor) else images:
@@ -212,8 +229,41 @@ def _batches(images: Images, samples: int, device: torch.device) -> list[Tensor]
                 f"quantize_model: calibration gives batches of images (B, 3, S, S), or tuples that begin with one; "
                 f"got {what}."
             )
+        _check_images(first, model)
         batches.append(first[:left].to(device, torch.float32))
         left -= len(batches[-1])
         if left <= 0:
             break
+    if (found := sum(map(len, batches))) < FEWEST:
+        asked = f" (the recipe's calibration.samples is {samples})" if samples < FEWEST else ""
+        raise UserError(
+            f"quantize_model: {found} images are too few to calibrate on{asked}; {FEWEST} are the least, 200 or more "
+            "are usual. Pass more as calibration=..."
+        )
     return batches
+
+
+def _check_images(images: Tensor, model: nn.Module) -> None:
+    """Refuse images (B, C, H, W) that the model would not take, or would misread.
+
+    Raises:
+        UserError: pixels as integers, a NaN, another size.
+    """
+    if not images.is_floating_point():
+        raise UserError(
+            f"quantize_model: the calibration images are {str(images.dtype).removeprefix('torch.')}. Give them as the "
+            "model takes them: floating point, normalised with its mean and standard deviation "
+            "(timm.data.resolve_model_data_config tells them)."
+        )
+    if not bool(images.isfinite().all()):
+        raise UserError("quantize_model: the calibration images hold a NaN or an infinity. Check how they are made.")
+    embed: Any = getattr(model, "patch_embed", None)
+    wanted = getattr(embed, "img_size", None)
+    if wanted is None or not getattr(embed, "strict_img_size", True):
+        return
+    height, width = images.shape[-2:]
+    if (height, width) != tuple(wanted):
+        raise UserError(
+            f"quantize_model: the calibration images are {height} x {width} pixels, and the model takes "
+            f"{wanted[0]} x {wanted[1]}. Resize them as in evaluation."
+        )

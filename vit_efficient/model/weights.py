@@ -47,12 +47,23 @@ def read_weights(spec: str, model_name: str) -> Weights:
     Raises:
         CheckpointError: missing, damaged, hostile, not weights, or not on the hub.
     """
-    if spec == "timm" or spec.startswith("timm:"):
+    if from_hub(spec):
         source, path = fetch(model_name, tag=spec.partition(":")[2])
     else:
         path = locate(spec)
         source = str(path)
     return Weights(load_state(path), source, file_digest(path))
+
+
+def from_hub(spec: str) -> bool:
+    """Whether ``model.weights`` means timm's weights on the hub, and no file."""
+    return spec == "timm" or spec.startswith("timm:")
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in it; None if there is none."""
+    floats = ((name, tensor) for name, tensor in state.items() if tensor.is_floating_point() and tensor.itemsize > 1)
+    return next((name for name, tensor in floats if not bool(tensor.isfinite().all())), None)
 
 
 def locate(spec: str, *, key: str = "model.weights") -> Path:
@@ -144,7 +155,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def is_quantized(spec: str | None) -> bool:
     """Whether ``model.weights`` names a model file of this package whose weights are rounded already."""
-    if spec is None or spec == "timm" or spec.startswith("timm:"):
+    if spec is None or from_hub(spec):
         return False
     path = locate(spec)
     if path.suffix != ".safetensors":

@@ -69,6 +69,7 @@ def choose_keep(
     Raises:
         UserError: the budget cannot be met, or needs no quantization at all; no images; see `measure`.
     """
+    _fitting(mixture, mixture.names, budget)  # what cannot be met in any order is known before anything is measured
     single = {record.subject.name: record for record in records if record.subject.kind == "layer"}
     if missing := [layer for layer in mixture.layers if layer.name not in single]:
         wanted = [Subject("layer", layer.name, (layer.name,), layer.role, layer.block) for layer in missing]

@@ -67,7 +67,8 @@ def unusable(tensors: Mapping[str, Tensor], *names: str) -> str | None:
     for name in names:
         scale = tensors.get(name)
         if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-            return f"{name} is zero, negative or not a number somewhere; was the model calibrated?"
+            why = "the weight holds a NaN or an infinity" if name == "weight_scale" else "the layer was not calibrated"
+            return f"{name} is zero, negative or not a number somewhere; probably {why}"
     return None
 
 

@@ -108,11 +108,18 @@ def _nearest(path: Path) -> str:
     return places[0] if len(places) == 1 else ""
 
 
-def rewrite(error: ValidationError, raw: Mapping[str, Any], origin: Origin) -> list[Problem]:
-    """Pydantic's findings as problems, one for each path."""
+def rewrite(error: ValidationError, raw: Mapping[str, Any], origin: Origin, *, under: Path = ()) -> list[Problem]:
+    """Pydantic's findings as problems, one for each path.
+
+    Args:
+        error: what it raised.
+        raw: the whole recipe's content, as far as it was given.
+        origin: the place that set a path.
+        under: the section that was validated, where it was not the whole recipe.
+    """
     found: dict[Path, Problem] = {}
     for detail in error.errors(include_url=False):
-        path, info = _place(detail["loc"])
+        path, info = _place((*under, *detail["loc"]))
         found.setdefault(path, _problem(detail, path, info, raw, origin(path)))
     return list(found.values())
 

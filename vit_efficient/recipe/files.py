@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from vit_efficient.errors import Problem, RecipeError
+from vit_efficient.errors import CheckpointError, Problem, RecipeError
 from vit_efficient.recipe.schema import PROTOCOL_SECTIONS
 from vit_efficient.recipe.yaml12 import YamlError, parse
 
@@ -102,6 +102,7 @@ def read(path: Path) -> Document:
 
     Raises:
         RecipeError: with one problem, where it cannot be read or is not a YAML mapping with text keys.
+        CheckpointError: a model file that is damaged, or holds no recipe.
     """
 
     def wrong(message: str, line: int | None = None) -> RecipeError:
@@ -112,13 +113,15 @@ def read(path: Path) -> Document:
             with safe_open(path, framework="np") as file:
                 inside = (file.metadata() or {}).get("recipe")
         except (SafetensorError, OSError) as error:
-            raise wrong(f"is damaged, or no safetensors file: {error}") from None
+            raise CheckpointError(f"{show(path)} is damaged, or no safetensors file: {error}") from None
         if inside is None:
-            raise wrong("holds weights and no recipe: name a recipe, and give this file as `model.weights=`")
+            raise CheckpointError(
+                f"{show(path)} holds weights and no recipe: name a recipe, and give this file as `model.weights=`."
+            )
         try:
             return Document(path, {RESOLVED: VERSION, **json.loads(inside)}, {})
         except (json.JSONDecodeError, TypeError) as error:
-            raise wrong(f"carries a recipe that cannot be read: {error}") from None
+            raise CheckpointError(f"{show(path)} carries a recipe that cannot be read: {error}") from None
 
     if path.is_dir():
         inside = sorted(file.name for file in path.glob("*.yaml"))

@@ -43,6 +43,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises:
         RecipeError: with every mistake in the files and overrides.
+        CheckpointError: `recipe` is a model file that is damaged or holds no recipe.
     """
     given, problems = read_overrides(overrides)
     protocol = _take_labels(given, problems)

@@ -90,6 +90,20 @@ OPTIONS = {
     "`checkpoint.sharded=true`": ("checkpoint.sharded=true",),
     "`checkpoint.asynchronous=true`": ("checkpoint.asynchronous=true",),
 }
+# Model files that `quantize` and `fit` write, by the recipe that makes them.
+DEPLOYED = {
+    "int8": ("int8_sdpa",),
+    "int8, static": ("int8_static_sdpa",),
+    "int8, integer attention": ("int8_sdpa", "quantization.attention=dynamic"),
+    "int8 with `attention=flash2`": ("int8_flash2",),
+    "W4A8": ("w4a8_sdpa",),
+    "fp8": ("fp8_sdpa",),
+    "int4, groups": ("int4_group_sdpa",),
+    "NF4 (`quantization=int4 quantization.lora=null`)": ("int4_sdpa", "quantization.lora=null"),
+    "NF4 with adapters": ("int4_sdpa",),
+    "LLM.int8": ("fp32_sdpa", "quantization=bnb_int8"),
+    "torchao": ("fp32_sdpa", "quantization=torchao"),
+}  # fmt: skip
 INTRO = """\
 # What works with what
 
@@ -115,7 +129,28 @@ def page() -> str:
     parts += _table("Hybrid shards and offloading there", FURTHER, TRAINED, lambda column: NODE)
     options = {name: ("int8_sdpa", *words) for name, words in OPTIONS.items()}
     parts += _table("Options of `int8_sdpa` there", options, STRATEGIES, lambda column: NODE)
+    parts += _deployed()
     return "".join(parts)
+
+
+def _deployed() -> Iterator[str]:
+    """Where a quantized model runs once it is made (`evaluate`, `benchmark`), and in which precision by itself."""
+    reasons: list[str] = []
+    yield "\n## Running a quantized model\n\n"
+    yield "A file that has static scales holds them: calibration images are for making it. Not for speed: what is\n"
+    yield "faster where is in [choosing.md](choosing.md).\n\n"
+    yield f"| | {' | '.join(MACHINES)} |\n|---|{'---|' * len(MACHINES)}\n"
+    for name, words in DEPLOYED.items():
+        cells = []
+        for machine in MACHINES.values():
+            recipe = resolve(load_recipe(words[0], ["quantization.precision=auto", *words[1:]]).recipe, machine)[0]
+            found = [f"`{problem.path}` {problem.message}" for problem in check(recipe, machine)]
+            reasons += [reason for reason in found if reason not in reasons]
+            numbers = " ".join(f"({reasons.index(reason) + 1})" for reason in found)
+            cells.append(f"no {numbers}" if found else recipe.quantization.precision)
+        yield f"| {name} | {' | '.join(cells)} |\n"
+    yield "\n" if reasons else ""
+    yield from (f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
 
 
 def _table(

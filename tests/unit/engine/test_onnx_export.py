@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.engine import onnx_export
-from vit_efficient.engine.onnx_export import export_onnx, missing_packages
+from vit_efficient.engine.onnx_export import export_onnx, floating_layers, missing_packages
 from vit_efficient.engine.onnx_run import OnnxRun
 from vit_efficient.engine.parts import integer_layers
 from vit_efficient.engine.tally import VerifyResult
@@ -60,7 +60,13 @@ def test_every_scheme_has_the_same_codes(integer_model: Make, exported: Path) ->
     assert result.ok, printed
     assert list(result.layers["onnx"]) == list(integer_layers(model))
     assert all(tally.share == 1 and tally.output < 1e-6 for tally in result.layers["onnx"].values())
-    assert "onnx keep their bounds" in printed
+    assert "onnx, fused keep their bounds" in printed
+
+
+def test_layers_of_quantized_weights_alone_are_known(integer_model: Make) -> None:
+    layers = integer_layers(integer_model())
+    assert floating_layers(integer_model("W4")) == list(layers)
+    assert floating_layers(integer_model()) == []
 
 
 def test_the_batch_is_free_and_weights_are_bytes(integer_model: Make, exported: Path) -> None:

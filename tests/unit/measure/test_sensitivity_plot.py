@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,17 +98,42 @@ def test_one_block_and_nothing_but_zeros() -> None:
 
 
 def test_table_shows_the_worst_layers_first() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(sensitivity_table(records(broken=True), "vit, int8"))
     printed = console.export_text()
     rows = [line for line in printed.splitlines() if "blocks." in line or "head" in line]
-    assert "the 12 worst of 18" in printed
+    assert "one layer, 12 worst of 18" in printed
     first = next(row for row in rows if "head" in row)
-    assert "NaN, 7 images" in first
+    assert first.count("NaN") == 2
     assert rows.index(first) < rows.index(next(row for row in rows if "blocks.0.fc2" in row))
     assert "blocks.3.qkv" not in printed
     assert "24 kB more" in printed
     assert worst_first(records(broken=True))[0].subject.name == "head"
+
+
+def test_table_of_a_real_model_fits_80_columns() -> None:
+    """Names whole, so that no two layers look alike; the longest figures that a ViT-L gives."""
+    names = [f"blocks.{block}.{part}" for block in (9, 23) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    large = {"weight_bytes": 312_000_000, "float_bytes": 1_217_000_000, "top1": 0.8, "lost": 30, "gained": 5}
+    made = [
+        replace(record(kind, name, 1.234e-5, layers=2), **large)
+        for kind, name in [
+            ("all", "everything"), *(("layer", name) for name in names), ("role", "patch_embed"),
+            ("block", "blocks.23"), ("protect", "first_block, last_block"),
+        ]
+    ]  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(sensitivity_table(made, "vit_large_patch16_224, int8"))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in "".join(lines)
+    for name in (*names, "first_block, last_block"):
+        row = [line for line in lines if f" {name} " in line]
+        assert len(row) == 1, name
+        assert "+12.5" in row[0]
+        assert "1.2e-05" in row[0]
+    low, high = plain(made)["records"][0]["drop_interval"]
+    assert low < 12.5 < high
 
 
 def test_plain_data_is_json_without_infinities() -> None:

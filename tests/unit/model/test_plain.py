@@ -160,11 +160,30 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[UserError], str]] = [
     (STATIC, {}, UserError, "is calibrated on images, and none were given. Pass calibration="),
     ("int8_static_sdpa", {}, UserError, "int8_sdpa"),
     ("int8_sdpa", {"calibration": images()}, UserError, "reads none"),
-    (STATIC, {"calibration": images(4)}, UserError, "too few"),
+    (STATIC, {"calibration": images(4)}, UserError, "4 images are too few.*Pass more as calibration="),
+    ({**STATIC, "calibration": {"samples": 8}}, {"calibration": images(32)}, UserError, r"calibration\.samples is 8"),
+    (STATIC, {"calibration": [images(32).mul(50).byte()]}, UserError, "are uint8. Give them .* normalised"),
+    (STATIC, {"calibration": [(images(32).long(), 0)]}, UserError, "are int64"),
+    (STATIC, {"calibration": images(32) / 0}, UserError, "hold a NaN or an infinity. Check how"),
+    (STATIC, {"calibration": torch.zeros(32, 3, 48, 32)}, UserError, "are 48 x 32 pixels, and the model takes 32 x 32"),
     (STATIC, {"calibration": [torch.zeros(3, 32, 32)]}, UserError, r"got \(3, 32, 32\)"),
     ("fp32_sdpa", {}, UserError, "quantization is none"),
     ("int9_sdpa", {}, RecipeError, "did you mean 'int8_sdpa'"),
-    ({"name": "int8", "bits": 8}, {}, RecipeError, "quantization.int8.bits"),
+    ({"name": "int8", "bits": 8}, {}, RecipeError, r"quantization\.bits: int8 has no key 'bits', only torchao"),
+    (
+        {"name": "int8", "activation": "static"},
+        {},
+        RecipeError,
+        r"quantization\.activation: unknown key(.|\n)*did you mean 'quantization\.activations'",
+    ),
+    (
+        {"quantization": {"name": "int8", "activations": "statik"}},
+        {},
+        RecipeError,
+        r"quantization\.activations: must be one of(.|\n)*did you mean 'static'",
+    ),
+    ({"name": "int9"}, {}, RecipeError, r"quantization\.name: unknown quantization backend 'int9'"),
+    ({"name": "int8", "zero_point": True}, {}, RecipeError, r"quantization\.zero_point: is for"),
     ({"quantization": "int8", "optim": {}}, {}, RecipeError, "optim: is not read here"),
     (8, {}, UserError, "not a int"),
     ({"name": "int8", "keep": "auto"}, {}, UserError, "keep=auto is chosen on calibration images"),
@@ -175,6 +194,14 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[UserError], str]] = [
 def test_refusals(recipe: Any, options: dict[str, Any], kind: type[UserError], text: str) -> None:
     with pytest.raises(kind, match=text):
         quantize_model(small(), recipe, **options)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc2.weight", "head.bias"])
+def test_a_weight_that_is_no_number(name: str) -> None:
+    model = small()
+    model.get_parameter(name).data.view(-1)[1] = float("nan")
+    with pytest.raises(UserError, match=f"`{name}` holds a NaN or an infinity"):
+        quantize_model(model, "int8_sdpa")
 
 
 def test_models_that_cannot_be_quantized() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vit_efficient.errors import RecipeError
+from vit_efficient.errors import CheckpointError
 from vit_efficient.recipe.load import load_recipe
 
 TENSORS = {"weight": torch.zeros(2)}
@@ -30,12 +30,13 @@ def test_recipe_of_a_model_file_with_overrides(tmp_path: Path) -> None:
 def test_files_without_one(metadata: dict[str, str] | None, text: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path, metadata)
-    with pytest.raises(RecipeError, match=text):
+    with pytest.raises(CheckpointError, match=text):
         load_recipe(str(path))
 
 
 def test_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\xff" * 40)
-    with pytest.raises(RecipeError, match="is damaged, or no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged, or no safetensors file") as error:
         load_recipe(str(path))
+    assert "in the recipe" not in str(error.value)
