@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[str, str, int, int, int]] = {
     "flash3": ("FA3", "flash_attn_interface", 9, 9, 256),
     "flash4": ("FA4", "flash_attn.cute", 9, 10, 128),
 }
+# What these modules import in turn, and do not bring along: flash-attn 2.8 has flash_attn.cute and not its compiler.
+BESIDE = {"flash4": "cutlass"}
 
 
 class _FlashConfig(AttentionBackendConfig):
@@ -79,7 +81,11 @@ def missing(name: str) -> str | None:
         return f"this PyTorch ({torch.__version__}) knows {switch.list_flash_attention_impls()}, not {implementation}"
     package, _, inner = module.partition(".")
     found = importlib.util.find_spec(package) is not None and (not inner or _has(module))
-    return None if found else f"the module {module} of its package is not installed"
+    if not found:
+        return f"the module {module} of its package is not installed"
+    beside = BESIDE.get(name)
+    absent = beside is not None and importlib.util.find_spec(beside) is None
+    return f"{module} needs the module {beside}, which is not installed" if absent else None
 
 
 def _has(module: str) -> bool:

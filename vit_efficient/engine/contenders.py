@@ -17,6 +17,7 @@ from vit_efficient.engine.entries import Entry
 from vit_efficient.engine.subject import find, from_checkpoint
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import Machine
+from vit_efficient.measure.cuda_graph import capturing
 from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.measure.models import Absent, Contender, Step, collect
 from vit_efficient.measure.trouble import EXPECTED, said, works
@@ -186,7 +187,7 @@ def _captured(forward: Step, images: Tensor) -> Step:
             forward(images)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back to it, if a capture fails
+    with capturing(graph, images.device):
         output = forward(images)
 
     def replay(_: Tensor) -> object:

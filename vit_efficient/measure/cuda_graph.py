@@ -9,7 +9,8 @@ Shapes: B batch, S pixels a side, C outputs.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ from torch import Tensor, nn
 from vit_efficient.errors import CapabilityError, UserError
 
 WARM_UP = 3  # forwards before the capture: kernels are compiled and chosen, and libraries take their workspaces
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """`torch.cuda.graph`, after which the device is as before also where the capture fails.
+
+    PyTorch then leaves its own stream current, and the device's random generator believing that a capture goes on, so
+    that the next random number is an error ("Offset increment outside graph capture").
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    state = generator.get_state()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+            yield
+    except BaseException:
+        fresh = torch.Generator(torch.device("cuda", index))
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
 
 
 class GraphedModel:
@@ -55,7 +76,7 @@ class GraphedModel:
                     self._forward()
             torch.cuda.current_stream(images.device).wait_stream(stream)
             try:
-                with torch.cuda.graph(self.graph):
+                with capturing(self.graph, images.device):
                     self.outputs = self._forward()
             except torch.cuda.OutOfMemoryError:
                 raise

@@ -48,5 +48,6 @@ def test_what_cannot_be_captured_is_refused() -> None:
 
     with pytest.raises(CapabilityError, match="Waits cannot be captured as a CUDA graph"):
         GraphedModel(Waits().eval(), torch.randn(1, 3, 8, 8, device="cuda"))
+    assert torch.randn(4, device="cuda").isfinite().all()  # a failed capture leaves the generator usable
     with pytest.raises(UserError, match="in training mode"):
         GraphedModel(small().cuda().train(), torch.randn(1, 3, 32, 32, device="cuda"))

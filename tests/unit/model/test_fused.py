@@ -561,8 +561,10 @@ def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monke
             here.append(wide[0].output_gelu_codes(codes, narrow[0], torch.float32))
             codes = Codes(codes.values.cuda(), codes.scale.cuda())
             there.append(wide[1].output_gelu_codes(codes, narrow[1], torch.float32))
+        drift = (model(images(64) * (1 + 2**-23)) - wanted).norm()  # the smallest change, on the same machine
+    fp8 = config.startswith("fp8")
     for one, other in zip(here, there, strict=True):
         equal = one.values.float() == other.values.cpu().float()
-        assert equal.float().mean() >= 0.9999
+        assert equal.float().mean() >= (0.97 if fp8 else 0.9999)  # fp8 units sum in about 14 bits
         torch.testing.assert_close(one.scale.expand_as(other.scale), other.scale.cpu(), rtol=1e-5, atol=0)
-    assert (found - wanted).norm() < 1e-2 * wanted.norm()
+    assert (found - wanted).norm() < max((5e-2 if fp8 else 1e-2) * wanted.norm(), 3 * drift)
