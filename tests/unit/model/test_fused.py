@@ -543,6 +543,7 @@ def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monke
     if config.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8 units")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = deployed(family, QUANTIZATIONS[config])
     fuse_blocks(model)
     on_gpu = copy.deepcopy(model).cuda()
