@@ -29,7 +29,7 @@ until = time.monotonic() + 40
 while time.monotonic() < until:
     if (verdict := me.verdict()) is not None:
         print(verdict.text, flush=True)
-        sys.exit(verdict.code)
+        os._exit(verdict.code)  # as the guard ends a process: a thread may be inside the store's C++
     time.sleep(0.05)
 """
 
