@@ -104,7 +104,7 @@ def test_scales_that_cannot_be_are_refused(name: str, scale: float) -> None:
 def test_what_was_not_calibrated_is_not_written() -> None:
     model = plain()
     Int8Config(activations="static").apply(model, compute_dtype=torch.float32)
-    with pytest.raises(CheckpointError, match="was the model calibrated"):
+    with pytest.raises(CheckpointError, match="the layer was not calibrated"):
         check_layers(*deployed_state(model))
 
 
