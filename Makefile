@@ -33,7 +33,7 @@ test: $(VENV)/.ready
 	$(TIMED) 25m $(PY) -m pytest -q -m '$(SLOW)' $(KILLS) $(ARGS)
 	$(TIMED) 20m $(PY) -m pytest -q -m '$(SLOW)' $(SHARDS) $(ARGS)
 	$(TIMED) 20m $(PY) -m pytest -q -m '$(SLOW)' $(ZERO) $(ARGS)
-	$(TIMED) 25m $(PY) -m pytest -q -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
+	$(TIMED) 35m $(PY) -m pytest -q -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
 	  $(addprefix --ignore=,$(KILLS) $(SHARDS) $(ZERO)) $(ARGS)
 
 # What CI leaves out; the last results are in docs/faults.md.

@@ -20,7 +20,7 @@ from vit_efficient.measure.memory import WORKSPACES, weights_of
 from vit_efficient.measure.step_bytes import step_bytes
 from vit_efficient.model.pretend import pretend, pretending, prime
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 GIB = 2**30
 ALONE = Layout()
 
