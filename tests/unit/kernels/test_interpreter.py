@@ -11,12 +11,10 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 FILES = sorted(path.name for path in FOLDER.glob("test_*_triton.py"))
-# Minutes each; CI leaves them out.
-LONG = ("test_linear_triton.py", "test_int8_attention_triton.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(f, marks=pytest.mark.long) if f in LONG else f for f in FILES])
+@pytest.mark.parametrize("name", FILES)
 def test_kernels_are_right_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed; it exists for Linux only")
     command = [
