@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RECIPE ?= recipes/int8_sdpa.yaml
+JOBS ?= 2
+test test-fast test-long: export OMP_NUM_THREADS ?= 1
 
 .PHONY: fit test test-fast test-long lint lowest docs clean
 .DEFAULT_GOAL := fit
@@ -16,24 +18,25 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 fit: $(VENV)/.ready
 	$(PY) -m vit_efficient.fit --recipe $(RECIPE) $(ARGS)
 
-# Fast groups first. Each has a budget, twice what it takes on two idle cores or more; a group that exceeds it fails,
-# and so does a test that takes ten minutes (`timeout` in pyproject.toml).
+# Fast groups first, JOBS tests at a time, each with OMP_NUM_THREADS threads; one Slurm cluster, so one test at a time.
+# Each group has a budget, twice what it takes on two idle cores or more; a group that exceeds it fails, and so does a
+# test that takes ten minutes (`timeout` in pyproject.toml).
 SLOW := slow and not long
 KILLS := tests/integration/test_faults.py tests/integration/test_fault_files.py tests/integration/test_resume.py \
   tests/integration/test_skipped.py tests/integration/test_torchrun.py
 SHARDS := tests/integration/test_ddp.py tests/integration/test_fsdp.py tests/integration/test_fsdp_layers.py
 ZERO := tests/integration/test_deepspeed.py
 TIMED := timeout --foreground --verbose --signal=INT --kill-after=30s
+MANY := $(PY) -m pytest -q -n $(JOBS)
 
 test: $(VENV)/.ready
-	$(TIMED) 20m $(PY) -m pytest -q -m 'not slow' tests/unit tests/recipes tests/kernels $(ARGS)
-	$(TIMED) 25m $(PY) -m pytest -q -m 'not slow' tests/integration $(ARGS)
+	$(TIMED) 15m $(MANY) -m 'not slow' tests/unit tests/recipes tests/kernels $(ARGS)
+	$(TIMED) 20m $(MANY) -m 'not slow' tests/integration $(ARGS)
 	$(TIMED) 10m $(PY) -m pytest -q -m 'not slow' tests/slurm $(ARGS)
 	$(TIMED) 20m $(PY) -m pytest -q -m '$(SLOW)' tests/slurm $(ARGS)
-	$(TIMED) 25m $(PY) -m pytest -q -m '$(SLOW)' $(KILLS) $(ARGS)
-	$(TIMED) 20m $(PY) -m pytest -q -m '$(SLOW)' $(SHARDS) $(ARGS)
-	$(TIMED) 20m $(PY) -m pytest -q -m '$(SLOW)' $(ZERO) $(ARGS)
-	$(TIMED) 35m $(PY) -m pytest -q -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
+	$(TIMED) 20m $(MANY) -m '$(SLOW)' $(KILLS) $(ARGS)
+	$(TIMED) 15m $(MANY) -m '$(SLOW)' $(SHARDS) $(ZERO) $(ARGS)
+	$(TIMED) 30m $(MANY) -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
 	  $(addprefix --ignore=,$(KILLS) $(SHARDS) $(ZERO)) $(ARGS)
 
 # What CI leaves out; the last results are in docs/faults.md.
@@ -41,7 +44,7 @@ test-long: $(VENV)/.ready
 	$(PY) -m pytest -q -m long $(ARGS)
 
 test-fast: $(VENV)/.ready
-	$(PY) -m pytest -q -m 'not slow' tests/unit tests/recipes $(ARGS)
+	$(MANY) -m 'not slow' tests/unit tests/recipes $(ARGS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -71,7 +71,7 @@ def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
 
     def run(name: str, *words: str, code: int = 0) -> str:
         process = start(name, *words)
-        printed, _ = process.communicate(timeout=400)
+        printed, _ = process.communicate(timeout=1200)
         assert process.returncode == code, printed
         if code == 2:
             assert "Traceback" not in printed

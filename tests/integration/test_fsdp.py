@@ -115,6 +115,20 @@ def test_two_parts_are_one_model(runs: Runs, assert_same_curve: Callable[..., No
         )
 
 
+def test_samples_leave_out_branches_alike(
+    cache: Path, small: Sequence[str], tmp_path: Path, assert_same_curve: Callable[..., None]
+) -> None:
+    """By DDP, and by FSDP2 with blocks run again; then whole, for its evaluation."""
+    words = (*small, *TWO, "model.kwargs.drop_path_rate=0.4", "run.log_every=1")
+    for name, more in (("ddp", ()), ("fsdp", ("strategy.checkpointing=true",))):
+        run(
+            tmp_path, cache, "vit_efficient.fit", "--recipe", "fp32_sdpa", *words, f"strategy={name}", *more,
+            f"run.dir={name}",
+        )  # fmt: skip
+    assert_same_curve(tmp_path / "fsdp", tmp_path / "ddp", rel=1e-4, steps=36)
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-4)
+
+
 def test_a_copy_of_the_model_on_each_node(
     runs: Runs, cache: Path, small: Sequence[str], tmp_path: Path, assert_same_curve: Callable[..., None]
 ) -> None:

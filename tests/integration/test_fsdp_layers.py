@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from vit_efficient.parallel.full import copy as write
 from vit_efficient.parallel.full import gather, unshard
-from vit_efficient.parallel.order import prepare_blocks, shard
+from vit_efficient.parallel.order import UNIT, prepare_blocks, shard
 
 WIDTH = 48
 
@@ -100,9 +100,9 @@ CASES = [*((name, "shard", False) for name in MODELS), ("nf4", "shard", True), (
 def bytes_are_kept(make: Callable[[], Tower], mesh: DeviceMesh) -> None:
     """Gathered in their own dtypes or, as bf16 mixed precision does, narrow: packed weights come back bit for bit."""
     plain, there, packed = make(), make().to(mesh.device_type), 0
-    for gathered in (None, torch.bfloat16):
+    for gathered, unit in ((None, UNIT), (torch.bfloat16, 0)):  # both blocks together, and each for itself
         model = make()
-        shard(model, list(model.blocks), mesh, gather=gathered)
+        shard(model, list(model.blocks), mesh, gather=gathered, unit=unit)
         for ours, theirs in zip(model.blocks, there.blocks, strict=True):
             assert isinstance(ours, FSDPModule)
             ours.unshard()

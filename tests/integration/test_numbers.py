@@ -26,6 +26,7 @@ def fit(command: Command, folder: Path, variant: str) -> dict[str, float]:
     return json.loads((folder / f"{variant}.json").read_text())
 
 
+@pytest.mark.timeout(1500)  # four trainings, of one thread each where tests run side by side
 def test_digits(command: Command, tmp_path: Path) -> None:
     """int8 at least 95 % and within 1 point of fp32; int4, whose base is that same fp32 run, within 2 on one seed.
 

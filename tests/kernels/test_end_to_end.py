@@ -32,14 +32,16 @@ def measured(tmp_path: Path, *words: str) -> tuple[dict[str, Any], dict[str, Any
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_on_a_gpu(tmp_path: Path, scheme: str) -> None:
-    """Whole runs drift apart, by no more than twice what the smallest change of the images does to the reference."""
+    """Whole runs drift apart, by no more than twice what the smallest change of the images does to the reference; fp8
+    units sum in some 14 bits, which changes more tops than that, but not more than bf16 does."""
     full, half = measured(tmp_path, "--images", "200", "--scheme", scheme, "--device", "cuda")
     assert full["same_codes"]["logits_error"] < (1e-5 if scheme == "int8" else 1e-3)
     fast, nudged = (full["whole_runs"][name] for name in ("fast against reference", "reference on larger images"))
     assert fast["logits_error"] < max(1e-2, 2 * nudged["logits_error"])
-    assert fast["top1_agreement"] >= min(0.995, nudged["top1_agreement"] - 0.01)
     against = "against reference in float32"
     ours, theirs = half["whole_runs"][f"fast {against}"], half["whole_runs"]["reference in this dtype against float32"]
+    drifted = nudged if scheme == "int8" else theirs
+    assert fast["top1_agreement"] >= min(0.995, drifted["top1_agreement"] - 0.01)
     assert ours["logits_error"] < 1.2 * theirs["logits_error"]
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vit_efficient.errors import CheckpointError
+from vit_efficient.recipe.older import as_it_ran, without_effect
 
 # What may differ between a checkpoint and the run that continues it: where and how fast, not what is trained.
 FREE = (
@@ -110,7 +111,9 @@ def differing_keys(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The lines of `differing_keys` for which two recipes (as plain mappings) would train differently."""
-    free = tuple(f + end for f in FREE for end in (":", "."))
+    saved = as_it_ran(saved)
+    idle = set(without_effect(saved)) & set(without_effect(now))
+    free = tuple(f + end for f in (*FREE, *idle) for end in (":", "."))
     return [row for row in differing_keys(saved, now) if not row.startswith(free)]
 
 

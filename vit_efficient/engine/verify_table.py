@@ -10,7 +10,6 @@ from rich.table import Table
 
 from vit_efficient.engine.parts import FP8_UNITS
 from vit_efficient.engine.tally import (
-    BF16_LOGITS,
     FP8_CHANGED,
     FUSED,
     GELU_SHARE,
@@ -78,7 +77,7 @@ def _lines(result: VerifyResult) -> Iterator[str]:
         yield (
             f"bf16, {what} against the reference in {against}: {_percent(share)} of all codes equal, "
             f"logits differ by {difference:.1e} of their norm"
-            + ("" if name in ("fp32", FUSED) else f" (bound {BF16_LOGITS:.0e})")
+            + ("" if name in ("fp32", FUSED) else f" (bound {result.bf16_bound:.1e})")
         )
     for name, reason in result.absent.items():
         yield f"{name}: absent, {reason}"

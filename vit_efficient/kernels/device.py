@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from vit_efficient.errors import UserError
@@ -29,6 +30,12 @@ def by_definition() -> Iterator[None]:
 def runs_triton(x: Tensor) -> bool:
     """Whether kernels of this package run where `x` is."""
     return not _DEFINITIONS.get() and x.device.type == "cuda" and lacks_triton(x.device) is None
+
+
+@torch.compiler.assume_constant_result
+def runs_triton_constant(index: int) -> bool:
+    """`runs_triton` on a GPU while a compiler traces, which follows no context variables: a constant of the program."""
+    return not _DEFINITIONS.get() and lacks_triton(torch.device("cuda", index)) is None
 
 
 def require_fp8(x: Tensor) -> None:

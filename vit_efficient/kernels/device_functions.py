@@ -21,6 +21,14 @@ SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Before anything of memory: what the kernel before wrote is there then, and the kernel behind may start."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def divide(x, divisor, reciprocal):
     """``x / divisor``, where `reciprocal` is ``div_rn(1, divisor)``: one product and two fused steps.
 

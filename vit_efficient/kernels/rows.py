@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vit_efficient.kernels.overlap import processors
 
 WIDEST = 2**16  # columns that one program can hold
 ELEMENTS = 1024  # that a program works on at once, where rows are short: one warp, which sums without a barrier
@@ -22,11 +23,6 @@ class RowLaunch(NamedTuple):
     warps: int
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def row_launch(rows: int, columns: int, device: torch.device) -> RowLaunch:
     """Several short rows a program, but no fewer than two programs a multiprocessor.
 
@@ -37,7 +33,7 @@ def row_launch(rows: int, columns: int, device: torch.device) -> RowLaunch:
         raise ValueError(f"rows of {columns:,} columns do not fit one program of a kernel; {WIDEST:,} is the most.")
     block = 1 << max(4, (columns - 1).bit_length())
     together = max(1, ELEMENTS // block)
-    while together > 1 and -(-rows // together) < 2 * _processors(device):
+    while together > 1 and -(-rows // together) < 2 * processors(device, 1):
         together //= 2
     warps = min(16, max(1, block * together // WARP_ELEMENTS))
     return RowLaunch(-(-rows // together), together, block, warps)

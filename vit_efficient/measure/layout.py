@@ -107,6 +107,8 @@ class Weights:
         block: bytes of the largest block, as it is gathered.
         block_trained: numbers in it that are trained.
         rest: bytes outside the blocks.
+        unit: bytes of the largest unit of blocks that FSDP2 gathers at once, as it is gathered.
+        unit_trained: numbers in it that are trained.
     """
 
     size: int
@@ -115,6 +117,8 @@ class Weights:
     block: int
     block_trained: int
     rest: int
+    unit: int
+    unit_trained: int
 
 
 def held(layout: Layout, weights: Weights) -> int:
@@ -143,14 +147,13 @@ def buffers(layout: Layout, weights: Weights) -> int:
     """Bytes that moving weights and gradients takes, at most at once.
 
     - ddp: none. The gradients are views of the reducer's buckets (`gradient_as_bucket_view`).
-    - fsdp: the block at work gathered, the next one gathered ahead, and the flat buffer that it is copied out of; what
-      is outside the blocks, gathered throughout; a block's gradients, and two float32 buffers of the
+    - fsdp: the unit at work gathered, the next one gathered ahead, and the flat buffer that it is copied out of; what
+      is outside the blocks, gathered throughout; a unit's gradients, and two float32 buffers of the
       reduce-scatter: one filled, one on its way (`torch.distributed.fsdp`, `fully_shard`'s notes on overlap).
-    - deepspeed: two reduce buckets; with stage 3, gathered blocks as with fsdp.
+    - deepspeed: two reduce buckets; with stage 3, blocks gathered likewise.
     """
     if layout.world == 1 or layout.kind == "ddp":
         return 0
-    gathered = 3 * weights.block + weights.rest
     if layout.kind == "fsdp":
-        return gathered + 4 * weights.block_trained * 3
-    return (gathered if layout.stage == 3 else 0) + 2 * 4 * layout.bucket
+        return 3 * weights.unit + weights.rest + 4 * weights.unit_trained * 3
+    return (3 * weights.block + weights.rest if layout.stage == 3 else 0) + 2 * 4 * layout.bucket

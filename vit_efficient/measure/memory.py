@@ -22,7 +22,7 @@ from vit_efficient.measure.step_bytes import StepBytes, step_bytes
 from vit_efficient.measure.work import Work, WorkCounter
 from vit_efficient.model.build import Built, compute_dtype
 from vit_efficient.model.pretend import outline, pretend, pretending
-from vit_efficient.parallel.order import prepare_blocks
+from vit_efficient.parallel.order import prepare_blocks, units
 from vit_efficient.recipe.schema import Recipe
 
 # CUDA context and libraries' code: outside PyTorch's allocator, so in no figure of it. Seen: 0.4 to 0.6 GiB.
@@ -114,10 +114,10 @@ def weights_of(model: nn.Module, blocks: Sequence[nn.Module], gather: torch.dtyp
         frozen=total - storage_bytes(iter(trained)),
         trained=sum(p.numel() for p in trained),
         block=max((_gathered(block, gather) for block in blocks), default=0),
-        block_trained=max(
-            (sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks), default=0
-        ),
+        block_trained=max(map(_trained, blocks), default=0),
         rest=total - sum(inside),
+        unit=max((sum(_gathered(block, gather) for block in unit) for unit in units(blocks)), default=0),
+        unit_trained=max((sum(map(_trained, unit)) for unit in units(blocks)), default=0),
     )
 
 

@@ -30,12 +30,19 @@ def commit() -> str | None:
     return None
 
 
+def command() -> list[str]:
+    """What was typed: ``python -m vit_efficient.benchmark ...``, without the folder that it lies in."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
+    return ["python", *program, *sys.argv[1:]]
+
+
 def environment(machine: Machine) -> dict[str, Any]:
     """Versions, commit, GPUs and arithmetic switches, as plain values for a JSON file."""
     return {
         "vit_efficient": __version__,
         "commit": commit(),
-        "command": sys.argv,
+        "command": command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": dict(machine.packages),

@@ -98,6 +98,12 @@ def _check_kwargs(config: ModelConfig) -> None:
     for key in config.kwargs.keys() & RESERVED.keys():
         use = RESERVED[key]
         raise UserError(f"`model.kwargs.{key}` cannot be set" + (f": use {use}." if use else "."))
+    rate = config.kwargs.get("drop_path_rate", 0.0)
+    if not (isinstance(rate, int | float) and 0 <= rate < 1):  # timm takes a negative one for none
+        raise UserError(
+            f"model.kwargs.drop_path_rate is {rate!r}. It is the share of samples that leave out the last block in "
+            "training: from 0 to less than 1, 0.2 for example."
+        )
 
 
 def _classes(weights: Weights | None) -> int | None:

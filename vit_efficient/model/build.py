@@ -11,8 +11,10 @@ from vit_efficient.attention.padding import pad_tokens
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import UserError
+from vit_efficient.model import stochastic_depth
 from vit_efficient.model.adapt import FreshHead
 from vit_efficient.model.backbone import Backbone, create_backbone
+from vit_efficient.model.gelu import shorten_gelu
 from vit_efficient.model.narrow import widen
 from vit_efficient.model.origin import Origin
 from vit_efficient.model.patches import patches_as_product
@@ -64,11 +66,23 @@ def build_plain(config: ModelConfig, recipe: Recipe, num_classes: int) -> tuple[
 def build_backbone(config: ModelConfig, recipe: Recipe, num_classes: int) -> Backbone:
     """`build_plain` with all that is known of the weights."""
     backbone = create_backbone(config, num_classes)
-    patches_as_product(backbone.model)
+    for_speed(backbone.model, config.stochastic_depth)
     swap_attention(backbone.model, recipe.attention.build())
     if config.pad_tokens:
         pad_tokens(backbone.model, config.pad_tokens)
     return backbone
+
+
+def for_speed(model: nn.Module, depth: str = "mask") -> None:
+    """Put modules that compute the same faster in place of timm's, in place; parameters and their names stay.
+
+    Args:
+        model: of timm.
+        depth: how its blocks are dropped in training, `stochastic_depth.install`.
+    """
+    patches_as_product(model)
+    stochastic_depth.install(model, depth)
+    shorten_gelu(model)
 
 
 def refuse_rounded(recipe: Recipe, weights: str | None) -> None:

@@ -17,7 +17,7 @@ from vit_efficient.attention.swap import swap_attention
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import CheckpointError, UserError
 from vit_efficient.model.backbone import create_backbone
-from vit_efficient.model.build import compute_dtype
+from vit_efficient.model.build import compute_dtype, for_speed
 from vit_efficient.model.weights import is_quantized, locate
 from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.quantization.base import DistillConfig
@@ -179,6 +179,7 @@ def build_teacher(recipe: Recipe, image: ImageSpec, num_classes: int, *, base: s
 
 def _prepared(model: Any, recipe: Recipe) -> nn.Module:
     """The recipe's attention, precision and compilation, as the student has them."""
+    for_speed(model)
     swap_attention(model, recipe.attention.build())
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):  # as autocast would round them in every step

@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 from timm.layers import GELU, GluMlp, LayerScale, Mlp, SwiGLU
-from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from vit_efficient.attention.modules import Arguments, SelfAttention
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.int8_linear.op import output_dtype
 from vit_efficient.model.fuse_report import FuseReport
+from vit_efficient.model.stochastic_depth import BLOCKS, is_of_training
 from vit_efficient.quantization.fp8_attention import Fp8Attend
 from vit_efficient.quantization.fused_attention import attention_operands
 from vit_efficient.quantization.fused_linear import Codes, FusedLinear, view
 from vit_efficient.quantization.fused_norm import NormCodes, SharedNormCodes
 from vit_efficient.quantization.int8_attention import Int8Attend
 
-# x + scale1(attn(norm1(x))), then x + scale2(mlp(norm2(x))), and nothing else.
-BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block, vision_transformer_relpos.RelPosBlock)
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
@@ -283,7 +281,7 @@ def _read(block: nn.Module) -> dict[str, FusedLinear] | str:
         return f"its attention is a {type(attn).__name__}, whose parts cannot be called apart"
     if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         return f"its MLP is a {type(mlp).__name__}"
-    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in block.modules() if inner is not block):
+    if any(_has_hooks(inner) for inner in block.modules() if inner is not block):
         return "its parts have forward hooks, which a fused block would not call"
     names = [f"attn.{name}" for name in ("qkv", *PROJECTIONS, "gate", "proj") if _child(attn, name)]
     names += [f"mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x", "fc2") if _child(mlp, name)]
@@ -294,6 +292,11 @@ def _read(block: nn.Module) -> dict[str, FusedLinear] | str:
             return f"{name} {found}"
         views[name] = found
     return views
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    before = module._forward_pre_hooks.values()
+    return bool(module._forward_hooks) or any(not is_of_training(hook) for hook in before)
 
 
 def _child(module: nn.Module, name: str) -> bool:

@@ -16,6 +16,7 @@ from vit_efficient.model.ema import WeightAverage
 from vit_efficient.model.metrics import ClassificationMetrics
 from vit_efficient.model.optim import build_optimizer, build_schedule, learned_ranges
 from vit_efficient.model.origin import Origin, check_same_base
+from vit_efficient.parallel.clip import clip_gradients
 from vit_efficient.parallel.fsdp import FsdpStrategy
 from vit_efficient.recipe.schema import OptimConfig
 
@@ -110,8 +111,7 @@ class ViTModule(L.LightningModule):
         Lightning's own refuses a fused optimizer under any mixed precision; only fp16 needs that care (`scaled`).
         """
         if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of normalised images (B, 3, S, S)."""

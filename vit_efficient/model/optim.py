@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from vit_efficient.errors import CapabilityError
+from vit_efficient.model.sharded_adamw import ShardedAdamW
 from vit_efficient.recipe.schema import OptimConfig
 
 
@@ -71,7 +72,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: float, *, scaled:
     # One fused kernel a step on GPUs; on a CPU the plain loop over few, small tensors is as fast.
     # Under fp16 the fused kernel would unscale inside the step, after the clipping.
     fused = next(model.parameters()).is_cuda and not scaled
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=fused)
+    return ShardedAdamW(groups, lr=lr, betas=config.betas, fused=fused)
 
 
 def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:

@@ -68,7 +68,7 @@ def deepspeed_config(config: DeepspeedConfig) -> dict[str, Any]:
         section["offload_param"] = {"device": "cpu", "pin_memory": config.accelerator == "gpu"}
     return {
         "zero_optimization": section,
-        "zero_allow_untested_optimizer": True,
+        "zero_allow_untested_optimizer": True,  # it asks for the very class AdamW, and ours is one of its children
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too, and needs no compiler
         "bf16": {"enabled": False},  # else Lightning would turn them on, and DeepSpeed would round the weights
         "fp16": {"enabled": False},

@@ -8,7 +8,7 @@ strategy writes them, or each process its part (`parallel.folder`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class FsdpStrategy(ModelParallelStrategy):
         """Every process has its own part of a batch, in each copy of the model."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
-    def shard(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Spread a model's parameters over the devices, in place; a second call changes nothing."""
         if not isinstance(model, FSDPModule):
             # A CPU's layer norm does not take weights of another dtype than its input's.

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vit_efficient.parallel import zero
+from vit_efficient.parallel.hooks import drop_hooks
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -106,5 +107,5 @@ def unshard(model: nn.Module) -> None:
             cast(Any, module).retie()
         if isinstance(module, FSDPModule):  # which has no way back of its own
             module.__class__ = type(module).__bases__[1]
-            for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
-                hooks.clear()
+            drop_hooks(module, "torch.distributed")
+            module._state_dict_pre_hooks.clear()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from vit_efficient.errors import CheckpointError, Problem, RecipeError
+from vit_efficient.recipe.older import as_it_ran
 from vit_efficient.recipe.schema import PROTOCOL_SECTIONS
 from vit_efficient.recipe.yaml12 import YamlError, parse
 
@@ -119,7 +120,7 @@ def read(path: Path) -> Document:
                 f"{show(path)} holds weights and no recipe: name a recipe, and give this file as `model.weights=`."
             )
         try:
-            return Document(path, {RESOLVED: VERSION, **json.loads(inside)}, {})
+            return Document(path, {RESOLVED: VERSION, **as_it_ran(json.loads(inside))}, {})
         except (json.JSONDecodeError, TypeError) as error:
             raise CheckpointError(f"{show(path)} carries a recipe that cannot be read: {error}") from None
 
@@ -141,7 +142,7 @@ def read(path: Path) -> Document:
         raise wrong("is empty: a recipe file holds sections such as `attention: sdpa`")
     if not isinstance(content, dict):
         raise wrong(f"holds {type(content).__name__} data; a recipe file is a mapping such as `attention: sdpa`")
-    return Document(path, content, lines)
+    return Document(path, as_it_ran(content) if RESOLVED in content else content, lines)
 
 
 def is_protocol(document: Document) -> bool:

@@ -38,6 +38,12 @@ class ModelConfig(Config):
         "do not fit the host's memory otherwise; for a frozen base, as it rounds.",
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to `timm.create_model`.")
+    stochastic_depth: Literal["subset", "mask"] = Field(
+        "subset",
+        description="What becomes of the samples that leave out a branch in training, where `model.kwargs` has a "
+        "`drop_path_rate`: the branch is not computed for them (`subset`, as DINOv2 does), which saves time and memory "
+        "by about the mean rate; or it is computed and multiplied by 0 (`mask`, as timm does). Rates are the same.",
+    )
     pad_tokens: Literal[0, 8, 16, 32] = Field(
         0,
         description="Fill sequences up to a multiple of so many tokens inside the blocks (197 become 200, 208, 224); "

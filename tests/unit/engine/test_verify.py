@@ -439,3 +439,10 @@ def test_a_model_without_integer_products_is_refused(integer_model: Make) -> Non
     for model in (nn.Linear(3, 3), integer_model("W4")):
         with pytest.raises(UserError, match="no layer that multiplies codes"):
             verify(model)
+
+
+@pytest.mark.parametrize(("rounded", "drift", "bound"), [(False, 0.03, 1e-2), (True, 0.03, 0.03), (True, 0.001, 1e-2)])
+def test_bound_under_bf16(rounded: bool, drift: float, bound: float) -> None:
+    """Where fp8 units sum, what bf16 does to the reference itself, if that is more than the bound."""
+    result = VerifyResult(bf16={"fp32": (0.8, drift)}, rounded_sums=rounded)
+    assert result.bf16_bound == bound

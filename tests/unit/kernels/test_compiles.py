@@ -97,7 +97,7 @@ def linear_layer(chip: str, op: str, name: str, full: bool = True) -> tuple[Any,
         "LAYOUT": form.layout, "GELU": form.gelu, "QUANT": form.quant, "LARGEST": 448 if fp8 else 127,
         "INTEGER": not fp8, "ROW_SCALES": True, "COLUMN_SCALES": True,
         "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
-        "RESIDUAL_DESCRIPTOR": described, "ALONE": False,
+        "RESIDUAL_DESCRIPTOR": described, "ALONE": False, "OVERLAP": chip == "sm_90",
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
@@ -126,6 +126,14 @@ def test_full_sums_are_added_outside_the_matrix_units_of_ada(name: str, tmp_path
     assert added[1] - added[0] == tile.block_m * tile.block_n // (tile.warps * 32)
 
 
+def waits_first(ptx: str, overlapped: bool) -> None:
+    """Of a kernel that starts while the one before it runs: nothing is read or written before it has waited."""
+    assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == overlapped
+    if overlapped:
+        before = ptx[ptx.index("{", ptx.index(".entry")) :].partition("griddepcontrol.wait")[0]
+        assert not re.search(r"\b(ld|st)\.global|cp\.async|\batom\b|\bred\.", before)
+
+
 @pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
 def test_linear_layers(chip: str, op: str, name: str) -> None:
     described = chip == "sm_90"
@@ -134,6 +142,7 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
     assert (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
     assert ("wgmma.mma_async" if chip == "sm_90" else "mma.sync") in kernel.asm["ptx"]
     assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == described
+    waits_first(kernel.asm["ptx"], described)
 
 
 @pytest.mark.parametrize("ones", [("M", "tokens"), ("N", "residual_stride"), ("K", "a_stride", "b_stride")])
@@ -147,7 +156,7 @@ def test_sizes_of_one_which_triton_takes_for_constants(ones: tuple[str, ...]) ->
         "FP8": False, "PROMOTE": 0, "LAYOUT": "heads" if heads else "rows", "GELU": False,
         "QUANT": "token" if heads else "none", "LARGEST": 127, "INTEGER": True, "ROW_SCALES": not heads,
         "COLUMN_SCALES": not one_column, "DESCRIPTORS": False, "STORE_DESCRIPTOR": False,
-        "RESIDUAL_DESCRIPTOR": False, "ALONE": False, "EVEN_K": False, "HEADS": 2,
+        "RESIDUAL_DESCRIPTOR": False, "ALONE": False, "OVERLAP": False, "EVEN_K": False, "HEADS": 2,
         "WIDTH": 32, "HEAD_BLOCK": 32, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STEP_N": 64, "GROUP": 2,
         "PARTS": 2,
     }  # fmt: skip
@@ -163,8 +172,9 @@ def test_norms(quant: str, chip: str) -> None:
         types |= {"y": "*i8", "scales": "*fp32"}
     if quant == "static":
         types["given"] = "*fp32"
-    constants = {"QUANT": quant, "LARGEST": 127, "INTEGER": True, "ROWS": 4, "BLOCK": 1024}
+    constants = {"QUANT": quant, "LARGEST": 127, "INTEGER": True, "ROWS": 4, "BLOCK": 1024, "OVERLAP": chip == "sm_90"}
     ptx = compiled(norm_kernel, types, constants, chip, 4, 3).asm["ptx"]
+    waits_first(ptx, chip == "sm_90")
     assert "ld.global.v4" in ptx  # 16 bytes at once
 
 
@@ -173,12 +183,16 @@ def test_quantization(chip: str, fp8: bool) -> None:
     types = dict.fromkeys(("x", "shift", "smooth", "reciprocal", "scales"), "*fp32")
     types["codes"] = "*fp8e4nv" if fp8 else "*i8"
     constants = {"QUANT": "token", "LARGEST": 448 if fp8 else 127, "INTEGER": not fp8, "ROWS": 4, "BLOCK": 1024}
+    constants["OVERLAP"] = chip == "sm_90"
     kernel = compiled(quantize_kernel, types, constants, chip, 4, 3)
+    waits_first(kernel.asm["ptx"], chip == "sm_90")
     assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]) == fp8
 
 
 @pytest.mark.parametrize(("chip", "code"), [("sm_80", "i8"), ("sm_89", "fp8e4nv"), ("sm_90", "fp8e4nv")])
 def test_what_codes_stand_for(chip: str, code: str) -> None:
     types = {"codes": f"*{code}", "scales": "*fp32", "y": "*bf16", "stride": "i32"}
-    kernel = compiled(dequantize_kernel, types, {"ROW_SCALES": True, "ROWS": 1, "BLOCK": 1024}, chip, 1, 3)
+    constants = {"ROW_SCALES": True, "ROWS": 1, "BLOCK": 1024, "OVERLAP": chip == "sm_90"}
+    kernel = compiled(dequantize_kernel, types, constants, chip, 1, 3)
+    waits_first(kernel.asm["ptx"], chip == "sm_90")
     assert "st.global.v4" in kernel.asm["ptx"]  # 16 bytes at once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,26 @@ def test_gpu_has_the_integers_of_the_cpu(rows: int, k: int) -> None:
     on_cpu = reference.int8_linear(x, weight, bias)
     on_gpu = op.int8_linear(x.cuda(), weight.cuda(), bias.cuda()).cpu()
     assert torch.equal(on_gpu, on_cpu)  # the same operations in the same order, each rounded alike
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [64, 2048])  # in the compiled program, and by a kernel of its own
+def test_compiled_on_a_gpu_as_on_the_cpu(k: int) -> None:
+    x, weight, bias, grad = (torch.randn(shape) for shape in ((70, k), (48, k), (48,), (70, 48)))
+
+    def run(call: Callable[..., Tensor], device: str) -> list[Tensor]:
+        operands = [one.to(device).requires_grad_() for one in (x, weight, bias)]
+        y = call(*operands)
+        return [one.detach().cpu() for one in (y, *torch.autograd.grad(y, operands, grad.to(device)))]
+
+    found, wanted = (
+        run(torch.compile(op.int8_linear, fullgraph=True, dynamic=False), "cuda"),
+        run(op.int8_linear, "cpu"),
+    )
+    if k > 1024:  # the codes' own kernel divides as the definition does
+        assert found[0].equal(wanted[0])
+    for one, other in zip(found, wanted, strict=True):  # the compiler's division is an ulp off here and there
+        assert (one - other).norm() < (1e-5 if k > 1024 else 1e-3) * other.norm()
 
 
 @pytest.mark.parametrize("form", [reference.quantize_activations, op.quantize_activations])

@@ -35,7 +35,8 @@ class Larger(Plan):
 
     def weights(self, layout: Layout) -> Weights:
         own = super().weights(layout)
-        return Weights(*(round(self.weights_factor * part) for part in vars(own).values()))
+        scaled = Weights(*(round(self.weights_factor * part) for part in vars(own).values()))
+        return replace(scaled, unit=scaled.block, unit_trained=scaled.block_trained)  # as of large blocks
 
     def estimate(self, layout: Layout, micro_batch: int, *, checkpointing: bool, accumulate: int = 1) -> Estimate:
         own = super().estimate(layout, micro_batch, checkpointing=checkpointing, accumulate=accumulate)

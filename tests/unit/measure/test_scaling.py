@@ -20,7 +20,7 @@ from vit_efficient.measure.work import Work
 from vit_efficient.recipe.load import load_recipe
 
 GIGA = 1e9
-VIT_L = Weights(1_217_306_528, 0, 304_326_632, 25_192_448, 12_596_224, 9_900_000)
+VIT_L = Weights(1_217_306_528, 0, 304_326_632, 25_192_448, 12_596_224, 9_900_000, 50_384_896, 25_192_448)
 NARROW = 2 * 304_326_632  # bytes of it as FSDP2 gathers it
 
 

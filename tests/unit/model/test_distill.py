@@ -16,7 +16,9 @@ from vit_efficient.machine import Machine
 from vit_efficient.model.backbone import create_backbone
 from vit_efficient.model.build import Built, build_model
 from vit_efficient.model.distill import Teacher, build_teacher, find_teacher, soft_losses
+from vit_efficient.model.gelu import CompiledGELU
 from vit_efficient.model.module import ViTModule
+from vit_efficient.model.patches import PatchConv2d
 from vit_efficient.quantization.base import DistillConfig
 from vit_efficient.quantization.deploy import deployed_state
 from vit_efficient.recipe.compat import resolve
@@ -176,6 +178,13 @@ def test_building_it_draws_none_of_the_runs_numbers(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     build_teacher(recipe, student.image, CLASSES)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_has_the_fast_modules_that_its_student_has(tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "t.safetensors")
+    student, teacher = built(f"quantization.distill.teacher={path}")
+    kinds = {type(module) for module in teacher.model.modules()}
+    assert {CompiledGELU, PatchConv2d} <= kinds & {type(module) for module in student.model.modules()}
 
 
 def test_half_precision_weights_are_what_autocast_makes_of_them(tmp_path: Path) -> None:

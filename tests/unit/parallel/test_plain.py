@@ -23,7 +23,11 @@ class Probe(L.LightningModule):
         super().__init__()
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
         self.storages: list[int] = []
+        self.sent: bool | None = None
         self.left: list[int] = []
+
+    def on_train_start(self) -> None:
+        self.sent = self.trainer.strategy.model.broadcast_buffers  # type: ignore[union-attr, assignment]
 
     def training_step(self, batch: Tensor, number: int) -> Tensor:
         self.left.append(sum(p.grad is not None for p in self.parameters()))
@@ -50,13 +54,27 @@ def alone() -> Iterator[None]:
     os.environ.update(before)
 
 
-def test_gradients_are_the_buckets(alone: None) -> None:
-    strategy = build_strategy(DdpConfig(accelerator="cpu", devices=1))
+def fit(module: Probe) -> None:
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, strategy=build_strategy(DdpConfig(accelerator="cpu", devices=1)), max_epochs=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    module = Probe()
     trainer.fit(module, DataLoader(list(torch.randn(12, 8)), batch_size=4))
+
+
+def test_gradients_are_the_buckets(alone: None) -> None:
+    module = Probe()
+    fit(module)
     assert module.storages == [1, 1, 1]  # four parameters in one bucket, before and after the buckets are made anew
     assert module.left == [0, 0, 0]
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_buffers_are_sent_where_training_changes_them(alone: None, changing: bool) -> None:
+    """A constant is not; a batch norm's statistics, which each rank would have of its own images, are."""
+    module = Probe()
+    module.model.register_buffer("constant", torch.ones(3))
+    if changing:
+        module.model.insert(1, nn.BatchNorm1d(16))
+    fit(module)
+    assert module.sent is changing

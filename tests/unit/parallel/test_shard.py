@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vit_efficient.parallel.full import gather, local, spread, unshard
-from vit_efficient.parallel.order import prepare_blocks, shard
+from vit_efficient.parallel.order import MOST, UNIT, prepare_blocks, shard, units
 
 
 class Model(nn.Module):
@@ -33,6 +33,19 @@ class Model(nn.Module):
         return cast(Tensor, self.head(x)) + self.shift
 
 
+@pytest.mark.parametrize(
+    ("width", "count", "sizes"),
+    [(1024, 24, [2] * 12), (768, 12, [3] * 4), (192, 12, [MOST] * 3), (192, 6, [4, 2]), (4096, 3, [1] * 3), (8, 0, [])],
+)
+def test_units_of_blocks(width: int, count: int, sizes: list[int]) -> None:
+    """A ViT's block has 12 width^2 weights: ViT-L's two together are a unit, those of larger models one."""
+    blocks = [nn.Linear(width, 12 * width, bias=False, device="meta") for _ in range(count)]
+    found = units(blocks)
+    assert [len(unit) for unit in found] == sizes
+    assert [block for unit in found for block in unit] == blocks
+    assert [len(unit) for unit in units(blocks, 0)] == [1] * count
+
+
 @pytest.fixture
 def pair() -> tuple[Model, Model]:
     torch.manual_seed(0)
@@ -40,14 +53,15 @@ def pair() -> tuple[Model, Model]:
     return model, copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("unit", [0, UNIT])  # a block for itself, both together
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(("checkpointing", "compile"), [(False, False), (True, False), (True, True)])
 def test_order_changes_neither_names_nor_answers(
-    pair: tuple[Model, Model], mesh: DeviceMesh, checkpointing: bool, compile: bool, offload: bool
+    pair: tuple[Model, Model], mesh: DeviceMesh, checkpointing: bool, compile: bool, offload: bool, unit: int
 ) -> None:
     plain, model = pair
     prepare_blocks(model.blocks, checkpointing=checkpointing, compile=compile)
-    shard(model, list(model.blocks), mesh, offload=offload)
+    shard(model, list(model.blocks), mesh, offload=offload, unit=unit)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert list(model.state_dict()) == list(plain.state_dict())
     x = torch.randn(5, 6)
@@ -80,9 +94,13 @@ def test_narrow_gathering_leaves_integers_and_the_root_alone(pair: tuple[Model, 
 
 def test_a_model_comes_back_whole(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
     plain, model = pair
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda *_: calls.append("root"))
+    model.blocks[1].register_forward_hook(lambda *_: calls.append("block"))
     shard(model, list(model.blocks), mesh)
     model(torch.randn(2, 6))
     unshard(model)
+    calls.clear()
     assert type(model) is Model
     assert not isinstance(model.blocks[0], FSDPModule)
     assert not any(isinstance(p, DTensor) for p in model.parameters())
@@ -90,6 +108,7 @@ def test_a_model_comes_back_whole(pair: tuple[Model, Model], mesh: DeviceMesh) -
         assert torch.equal(model.state_dict()[name], tensor)
     x = torch.randn(5, 6)
     torch.testing.assert_close(model(x), plain(x))
+    assert calls == ["root", "block"], "hooks of the model's own stay"
 
 
 def test_whole_tensors_become_parts_and_whole_again(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:

@@ -14,13 +14,12 @@ Shapes: M rows, K inputs, N outputs, G groups of inputs, S parts that inputs are
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vit_efficient.kernels.overlap import processors
 from vit_efficient.kernels.quantize.triton import quantize
 from vit_efficient.kernels.rows import with_rows
 from vit_efficient.kernels.tuning import Shape, choose
@@ -108,11 +107,6 @@ def add_parts_kernel(partial, x_scale, bias, y, M, N, PARTS: tl.constexpr, INTEG
     tl.store(y + place, sum_mn.to(y.dtype.element_ty), mask=inside)
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def parts(rows: int, tiles: int, groups: int, processors: int) -> int:
     """How many parts the inputs are split into: enough to fill the GPU, few enough that adding them stays cheap."""
     most = next((parts for up_to, parts in SPLIT_MOST if rows <= up_to), 1)
@@ -168,7 +162,7 @@ def _launch(
     x_MK, integer = with_rows(x_MK), x_scale is not None
     tile = choose("int4_linear", x_MK.device, Shape(rows, inputs, outputs))
     tiles = -(-rows // tile.block_m) * -(-outputs // tile.block_n)
-    split = parts(rows, tiles, groups, _processors(x_MK.device))
+    split = parts(rows, tiles, groups, processors(x_MK.device, 2))
     y_MN = torch.empty((rows, outputs), dtype=dtype, device=x_MK.device)
     partial = torch.empty((split, rows, outputs), device=x_MK.device) if split > 1 else None
     with torch.cuda.device_of(x_MK):

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vit_efficient.kernels.device_functions import quantize_block
+from vit_efficient.kernels.device_functions import quantize_block, wait_for_previous
 from vit_efficient.kernels.formats import Format, format_of
+from vit_efficient.kernels.overlap import overlap
 from vit_efficient.kernels.rows import row_launch, vector, with_rows
 
 
@@ -19,7 +20,9 @@ from vit_efficient.kernels.rows import row_launch, vector, with_rows
 def _kernel(
     x, residual, gamma, weight, bias, given, y, scales, new, M, D, x_stride, residual_stride, eps,
     QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     used = column < D
@@ -82,7 +85,7 @@ def _launch(
             x_MD, residual_MD, vector(gamma_D), vector(weight_D), vector(bias_D), scale, y_MD, scales_M1, new_MD,
             rows, columns, x_MD.stride(0), 0 if residual_MD is None else residual_MD.stride(0), eps,
             QUANT=quant, LARGEST=chosen.largest if chosen else 0, INTEGER=chosen.is_integer if chosen else False,
-            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False, **overlap(x_MD.device),
         )  # fmt: skip
     return new_MD
 

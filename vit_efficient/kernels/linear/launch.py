@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vit_efficient.kernels.formats import format_of
 from vit_efficient.kernels.linear.triton import linear_kernel
+from vit_efficient.kernels.overlap import overlap, processors
 from vit_efficient.kernels.rows import vector, with_rows
 from vit_efficient.kernels.tuning import Shape, Tile, choose
 
@@ -38,11 +39,6 @@ class Form:
         """What tiles are kept under: `plain`, `gelu`, `gelu_quant`, `quant`, `residual`, `heads` or `heads_quant`."""
         parts = ["heads"] * (self.layout == "heads") + ["gelu"] * self.gelu + ["quant"] * (self.quant != "none")
         return "_".join(parts + ["residual"] * residual) or "plain"
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @functools.cache
@@ -95,7 +91,7 @@ def launch(
     part = [tile.block_m, tile.block_n // tile.parts]
     described_out = TensorDescriptor.from_tensor(out, part) if store else out
     through = store and residual_MN is not None and describable(residual_MN)
-    programs = _processors(q_MK.device) * tile.programs
+    programs = processors(q_MK.device, 3) * tile.programs
     alone = tiles <= programs and tile.parts == 1
     through = through and not alone
     added = TensorDescriptor.from_tensor(residual_MN, part) if through else residual_MN
@@ -115,6 +111,7 @@ def launch(
             HEADS=form.heads, WIDTH=form.width, HEAD_BLOCK=head_block,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEP_N=step, GROUP=tile.group,
             PARTS=tile.parts, RESIDUAL_DESCRIPTOR=through, ALONE=alone, **tile.options, enable_fp_fusion=False,
+            **overlap(q_MK.device),
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from vit_efficient.kernels.device_functions import (
     quantize_given,
     quantize_rows,
     quantize_scaled,
+    wait_for_previous,
 )
 
 
@@ -238,7 +239,7 @@ def linear_kernel(
     DESCRIPTORS: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr, RESIDUAL_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEP_N: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, ALONE: tl.constexpr,
+    PARTS: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See the module. `a` and `b` are descriptors or pointers, as DESCRIPTORS says; `out` as STORE_DESCRIPTOR says, and
     `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
@@ -247,6 +248,7 @@ def linear_kernel(
     that is more); 0: all of them. PARTS: that a tile is finished in, side by side. ALONE: each program has one tile,
     whole; what its end needs is loaded before the product, and waits for nothing behind it.
     """
+    wait_for_previous(OVERLAP)
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
     if ALONE:

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vit_efficient.kernels.device_functions import divide, of_columns, quantize_block
+from vit_efficient.kernels.device_functions import divide, of_columns, quantize_block, wait_for_previous
 from vit_efficient.kernels.formats import format_of
+from vit_efficient.kernels.overlap import overlap
 from vit_efficient.kernels.rows import row_launch, vector, with_rows
 
 
@@ -16,7 +17,9 @@ from vit_efficient.kernels.rows import row_launch, vector, with_rows
 def _kernel(
     x, given, shift, smooth, reciprocal, codes, scales, beyond, M, K, x_stride,
     QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     used = column < K
@@ -40,8 +43,10 @@ def _kernel(
 
 @triton.jit
 def _dequantize_kernel(
-    codes, scales, y, M, K, stride, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    codes, scales, y, M, K, stride, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAP)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = (row < M)[:, None] & (column < K)[None, :]
@@ -90,7 +95,7 @@ def _launch(
         _kernel[(plan.programs,)](
             x_MK, scale, shift_K, smooth_K, reciprocal_K, codes, scales, beyond, rows, columns, x_MK.stride(0),
             QUANT="token" if scale is None else "static", LARGEST=chosen.largest, INTEGER=chosen.is_integer,
-            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+            ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False, **overlap(x_MK.device),
         )  # fmt: skip
     return codes, scales
 
@@ -105,5 +110,6 @@ def dequantize(codes_MK: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         _dequantize_kernel[(plan.programs,)](
             codes_MK, scales, y_MK, rows, columns, codes_MK.stride(0), ROW_SCALES=scales.numel() > 1,
             ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, enable_fp_fusion=False,
+            **overlap(codes_MK.device),
         )  # fmt: skip
     return y_MK
