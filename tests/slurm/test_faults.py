@@ -21,17 +21,25 @@ def starts(desk: Desk, run: str) -> list[dict[str, object]]:
 
 
 def assert_same_samples(desk: Desk, run: str, other: Desk, reference: str) -> None:
-    """Each step's samples, in order, are those of the uninterrupted run; a step that was lost was repeated."""
+    """Each step's samples are those of the uninterrupted run, and a step that was lost was repeated, rank by rank.
+
+    A rank writes its lines after a step, each rank for itself: of the step in which a node dies, the lines of the
+    other node's ranks may be there and its own not. The repetition, whose lines come last, has all of them.
+    """
     expected: dict[tuple[int, int], list[str]] = {}
     for epoch, step, _, key in other.audit(reference):
         expected.setdefault((epoch, step), []).append(key)
-    seen: dict[tuple[int, int], list[str]] = {}
-    for epoch, step, _, key in desk.audit(run):
-        seen.setdefault((epoch, step), []).append(key)
+    seen: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    for epoch, step, rank, key in desk.audit(run):
+        seen.setdefault((epoch, step), []).append((rank, key))
     assert seen.keys() == expected.keys()
-    for place, keys in seen.items():
-        once = expected[place]
-        assert sorted(keys) == sorted(once * (len(keys) // len(once))), place
+    for place, rows in seen.items():
+        last = rows[-len(expected[place]) :]
+        assert sorted(key for _, key in last) == sorted(expected[place]), place
+        for rank in {rank for rank, _ in rows}:
+            keys, once = ([key for r, key in part if r == rank] for part in (rows, last))
+            assert once, (place, rank)
+            assert keys == once * (len(keys) // len(once)), (place, rank)
 
 
 def assert_same_state(desk: Desk, run: str, other: Desk, reference: str) -> None:
