@@ -1,6 +1,7 @@
 """Measure, in one run, what is compared.
 
 python -m vit_efficient.benchmark --recipe fp32_sdpa --recipe int8_sdpa --batch 1,64,256 protocol=imagenet_vit_l16
+python -m vit_efficient.benchmark training        training steps as `fit` does them, on one GPU or several
 python -m vit_efficient.benchmark data SHARDS     decoding per core, the loader over workers, the plan at 10^9 samples
 python -m vit_efficient.benchmark kernels         matrix products and norms against the library's, with their floors
 python -m vit_efficient.benchmark attention       attention kernels against the other backends
@@ -37,6 +38,7 @@ examples:
   benchmark --peers --batch 256 protocol=imagenet_vit_l16           (what else a user could take)
   benchmark --against "bf16 + compile" --recipe fp8_sdpa --how graph --batch 256 protocol=imagenet_vit_l16
   benchmark --train --recipe int8_sdpa --recipe int4_sdpa --batch 128 protocol=imagenet_vit_l16
+  benchmark training --recipe "fp32_sdpa strategy=ddp" --batch 128  (as `fit` trains: benchmark training --help)
   benchmark data data/in1k                                          (the data pipeline: benchmark data --help)
   benchmark kernels --batch 1 256; benchmark attention --shapes qattn   (on a GPU; each has its own --help)
 
@@ -274,6 +276,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tool, rest = (words[0], words[1:]) if words else ("", [])
     if tool == "data":
         benchmark_data(data_parser().parse_args(rest), console)
+    elif tool == "training":
+        from vit_efficient.engine import training_times
+
+        training_times.main(rest, console)
     elif tool == "kernels":
         from vit_efficient.measure import kernels
 

@@ -77,6 +77,9 @@ def test_one_that_fails_leaves_the_others_and_an_exit_code(
         (("data", "--images", "0"), "0 is not above 0"),
         (("data", "--seconds", "0"), "--seconds 0 is not above 0"),
         (("dta",), "nothing to measure"),
+        (("training",), "required: --recipe"),
+        (("training", "--recipe", " "), "nothing to measure"),
+        (("training", "--recipe", "fp32_sdpa", "--steps", "0"), "0 is not a whole number above 0"),
         (("--recipe", "fp32_sdpa", "--batch", "1,0"), "0 is not above 0"),
         (("--recipe", "fp32_sdpa", "--how", "eager,fast"), "'fast' is none of eager, compiled"),
         (("--recipe", "fp32_sdpa", "--how", "graph", "strategy.accelerator=cpu"), "graph is for CUDA devices"),
@@ -97,3 +100,36 @@ def test_faster_than_the_usual_pipeline(photographs: Path) -> None:
     speeds = {speed.name: speed.median for speed in compare_decoding(images, 224, "bilinear", 3)}
     print({name: round(rate) for name, rate in speeds.items()})
     assert speeds[OURS] > 1.5 * speeds[USUAL]
+
+
+def test_training_on_one_process_and_two(command: Command, small: Sequence[str], tmp_path: Path) -> None:
+    """Steps of `fit` itself, in processes of their own; two ranks of 8 images and one of 16 see losses fall."""
+    rows = ("--recipe", "fp32_sdpa strategy=single", "--recipe", "int8_sdpa strategy=ddp strategy.devices=2")
+    words = ("--batch", "8", "--steps", "6", "--warm-up", "20", "--rounds", "2", "--output", "figures.json")
+    eager = ("strategy.accelerator=cpu", "optim.lr=0.01", "optim.warmup_epochs=0", "optim.label_smoothing=0")
+    printed = command("benchmark", "training", *rows, small[0], *words, *eager)
+    assert "run 2 of 2: int8_sdpa strategy=ddp strategy.devices=2, batch 8" in printed
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    one, two = figures["rows"]
+    assert [one["world"], two["world"]] == [1, 2]
+    assert [[len(seconds) for seconds in row["rounds"]] for row in (one, two)] == [[6, 6], [6, 6]]
+    assert one["relative"] == 1
+    assert two["relative"] == pytest.approx(two["images_per_second_each"] / one["images_per_second_each"], rel=1)
+    assert two["images_per_second"] == 2 * two["images_per_second_each"]
+    assert one["loss"] < 0.5, "the same 8 images every time: they are learned by heart"
+    assert two["loss"] < 1.5
+    assert one["peak"] is None, "a CPU's memory cannot be told apart"
+    assert figures["environment"]["command"][:4] == ["python", "-m", "vit_efficient.benchmark", "training"]
+
+
+def test_training_that_fails_leaves_the_others(command: Command, small: Sequence[str], tmp_path: Path) -> None:
+    rows = ("--recipe", "int4_sdpa quantization.lora=null", "--recipe", "fp32_sdpa")
+    words = ("--batch", "8", "--steps", "2", "--warm-up", "1", "--rounds", "1", "--output", "figures.json")
+    printed = command(
+        "benchmark", "training", *rows, small[0], *words, "strategy=single", "strategy.accelerator=cpu", code=2
+    )
+    assert "1 of 2 could not be measured. The other figures stand." in printed
+    lost, ran = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert "leaves nothing to train" in lost["failed"]
+    assert ran["relative"] == 1
+    assert not list(tmp_path.glob("runs*")), "nothing is left behind but what was asked for"

@@ -22,7 +22,7 @@ from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.measure.models import Absent, Contender, Step, collect
 from vit_efficient.measure.trouble import EXPECTED, said, works
 from vit_efficient.model.backbone import create_backbone
-from vit_efficient.model.build import DTYPES, build_model
+from vit_efficient.model.build import DTYPES, Built, build_model
 from vit_efficient.model.fused import fuse_blocks
 from vit_efficient.model.module import learning_rate
 from vit_efficient.model.optim import build_optimizer
@@ -88,7 +88,7 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
         subject = from_checkpoint(path, recipe, classes)
         model, size = subject.model, subject.image.size
     else:
-        built = _built(recipe, device, tell, entry)
+        built = _stock(recipe) if entry.stock else build_random(recipe, _classes(recipe), device, tell, entry.title)
         if not entry.stock:
             recipe.quantization.finalize(built.model)
         model, size = built.model, built.image.size
@@ -129,12 +129,27 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if recipe.strategy.accelerator == "gpu" else "cpu")
 
 
-def _built(recipe: Recipe, device: torch.device, tell: Callable[[str], None], entry: Entry) -> Any:
+def _stock(recipe: Recipe) -> Any:
     torch.manual_seed(recipe.run.seed)
-    if entry.stock:
-        return create_backbone(recipe.model, recipe.model.num_classes or CLASSES)
-    title = entry.title
-    built = build_model(recipe, recipe.model.num_classes or CLASSES, base=getattr(recipe.quantization, "base", None))
+    return create_backbone(recipe.model, _classes(recipe))
+
+
+def _classes(recipe: Recipe) -> int:
+    return recipe.model.num_classes or CLASSES
+
+
+def build_random(recipe: Recipe, classes: int, device: torch.device, tell: Callable[[str], None], title: str) -> Built:
+    """The model that a recipe trains, of random weights unless it names some; what wants calibration gets it on noise.
+
+    Args:
+        recipe: resolved.
+        classes: of the head.
+        device: to calibrate on.
+        tell: what a person should know.
+        title: what to call it there.
+    """
+    torch.manual_seed(recipe.run.seed)
+    built = build_model(recipe, classes, base=getattr(recipe.quantization, "base", None))
     if needs_calibration(recipe):
         tell(f"{title}: calibrated on {FEWEST} random images, for its speed alone")
         config = getattr(recipe.quantization, "calibration", None) or CalibrationConfig()
@@ -199,7 +214,7 @@ def _captured(forward: Step, images: Tensor) -> Step:
 
 def _trained(entry: Entry, recipe: Recipe, device: torch.device, tell: Callable[[str], None]) -> Contender:
     """A contender whose step is forward, backward, clipping and the optimizer's step, on random labels."""
-    built = _built(recipe, device, tell, entry)
+    built: Any = _stock(recipe) if entry.stock else build_random(recipe, _classes(recipe), device, tell, entry.title)
     if not entry.stock and not built.trainable:
         raise UserError(f"{entry.title} leaves nothing to train: quantization={recipe.quantization.name}.")
     model = built.model.to(device).train()

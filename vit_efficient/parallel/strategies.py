@@ -29,7 +29,7 @@ def build_strategy(config: object, *, sharded: bool = False, narrow: torch.dtype
     if isinstance(config, DdpConfig):
         from vit_efficient.parallel.plain import DdpStrategy
 
-        return DdpStrategy(timeout=timeout, gradient_as_bucket_view=True)
+        return DdpStrategy(timeout=timeout, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb)
     if isinstance(config, FsdpConfig):
         from vit_efficient.parallel.fsdp import FsdpStrategy
 

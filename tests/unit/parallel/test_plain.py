@@ -19,9 +19,10 @@ from vit_efficient.parallel.strategies import build_strategy
 class Probe(L.LightningModule):
     """Notes where gradients lie before the optimizer's step, and whether they are gone before the next forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        inside = (nn.Linear(width, width), nn.Linear(width, width))
+        self.model = nn.Sequential(nn.Linear(8, width), *inside, nn.Linear(width, 4))
         self.storages: list[int] = []
         self.sent: bool | None = None
         self.left: list[int] = []
@@ -54,10 +55,11 @@ def alone() -> Iterator[None]:
     os.environ.update(before)
 
 
-def fit(module: Probe) -> None:
+def fit(module: Probe, bucket_mb: int | None = None) -> None:
+    strategy = build_strategy(DdpConfig(accelerator="cpu", devices=1, bucket_mb=bucket_mb))
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, strategy=build_strategy(DdpConfig(accelerator="cpu", devices=1)), max_epochs=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(list(torch.randn(12, 8)), batch_size=4))
 
@@ -65,8 +67,16 @@ def fit(module: Probe) -> None:
 def test_gradients_are_the_buckets(alone: None) -> None:
     module = Probe()
     fit(module)
-    assert module.storages == [1, 1, 1]  # four parameters in one bucket, before and after the buckets are made anew
+    assert module.storages == [1, 1, 1]  # all parameters in one bucket, before and after the buckets are made anew
     assert module.left == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("bucket_mb", "buckets"), [(None, 2), (1, 3), (64, 1)])
+def test_buckets_are_as_large_as_the_recipe_says(alone: None, bucket_mb: int | None, buckets: int) -> None:
+    """Two weights of 1.4 MiB among small ones. PyTorch's first bucket is small; in the first step there is only one."""
+    module = Probe(600)
+    fit(module, bucket_mb)
+    assert module.storages == [1, buckets, buckets]
 
 
 @pytest.mark.parametrize("changing", [False, True])
