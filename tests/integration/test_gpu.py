@@ -1,4 +1,4 @@
-"""Clipping under mixed precision on a GPU."""
+"""Short runs on a GPU: clipping under every precision, and memory."""
 
 from __future__ import annotations
 
@@ -43,3 +43,21 @@ def test_the_peak_leaves_out_the_base_that_was_trained_before(tmp_path: Path) ->
         assert done.returncode == 0, done.stdout + done.stderr
         peaks.append(json.loads((tmp_path / run / "metrics.json").read_text())["peak_memory_bytes"])
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+def test_training_steps_with_and_without_room(tmp_path: Path) -> None:
+    """Memory is counted, and near what was estimated; held to less than it needs, a run fails and says so."""
+    words = [
+        "--batch", "256", "--steps", "3", "--warm-up", "2", "--rounds", "1", "--output", "figures.json",
+        "model.image_size=224", "strategy=single",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "vit_efficient.benchmark", "training", "--recipe", "fp32_sdpa", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert row["peak"] == pytest.approx(row["estimated"], rel=0.15)
+    assert row["reserved"] >= row["peak"]
+    command += ["--memory", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "OutOfMemoryError" in done.stderr
