@@ -102,7 +102,7 @@ def place(recipe: Recipe, resume: str, console: Console) -> tuple[Path, Path | N
         run = RunDir(recipe.run.dir)
         return run.path, run.whole_checkpoint(say) if resume == "auto" else None
     if resume == "auto":
-        found = find_unfinished(recipe)
+        found = find_unfinished(recipe, say=say)
         if found is not None:
             return found.path, found.whole_checkpoint(say)
     return new_path(recipe.variant, recipe.protocol), None

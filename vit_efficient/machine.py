@@ -128,6 +128,16 @@ def sees_one_gpu(launch: Launch | None) -> bool:
     return launch is not None and launch.per_node > 1 and torch.cuda.device_count() == 1
 
 
+def process_started(pid: int) -> float | None:
+    """When a process of this machine began, in seconds since the epoch; None where that cannot be read."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def driver_version() -> str:
     """The NVIDIA kernel driver's version, or an empty string."""
     try:

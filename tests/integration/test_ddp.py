@@ -41,6 +41,14 @@ def test_two_ranks_are_one_run(
     assert_same_curve(tmp_path / "two", tmp_path / "one", rel=1e-4, steps=36)
 
 
+def test_without_a_name_there_is_one_folder(command: Callable[..., str], small: Sequence[str], tmp_path: Path) -> None:
+    """The second process starts when the first has made the run's folder; it takes that, and does not make another."""
+    printed = command("fit", "--recipe", "fp32_sdpa", *small, *DDP)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert f"run folder   runs/{run.name}" in printed
+    assert json.loads((run / "metrics.json").read_text())["samples"] == 360
+
+
 def test_both_ranks_stop_after_the_same_step(
     start: Callable[..., subprocess.Popen[str]], command: Callable[..., str], small: Sequence[str], tmp_path: Path
 ) -> None:

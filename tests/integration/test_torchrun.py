@@ -117,6 +117,14 @@ def test_one_goes_on_as_two_and_two_as_one(
     assert losses[2] == pytest.approx(losses[0], rel=2e-3)
 
 
+def test_without_a_name_there_is_one_folder(torchrun: Torchrun, small: Sequence[str], tmp_path: Path) -> None:
+    process = torchrun("--recipe", "fp32_sdpa", *small, "strategy.accelerator=cpu", "data.workers=0")
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "metrics.json").is_file()
+
+
 def test_a_mismatch_is_refused(torchrun: Torchrun, small: Sequence[str]) -> None:
     process = torchrun(
         "--recipe", "fp32_sdpa", *small, "strategy.accelerator=cpu", "strategy=ddp", "strategy.devices=3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,15 @@ from vit_efficient.engine.integrity import newest_whole
 from vit_efficient.engine.lock import LOCK
 from vit_efficient.engine.resume import differences
 from vit_efficient.errors import CheckpointError, UserError
+from vit_efficient.machine import detect_launch, process_started, rank
 from vit_efficient.parallel.aside import aside, remove
 from vit_efficient.parallel.folder import is_folder
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
 
 ROOT = Path("runs")
+TIME = "%Y%m%d-%H%M%S"
+CHOSEN = "VIT_EFFICIENT_RUN"  # environment: the folder that rank 0 has chosen
 RECIPE, METRICS, ENVIRONMENT, MODEL = "recipe.yaml", "metrics.json", "environment.json", "model.safetensors"
 
 
@@ -135,21 +139,38 @@ def run_stem(variant: str, protocol: str) -> str:
 def stamp() -> str:
     """What tells runs apart: the time, or, where several processes must find the same name, what they share.
 
-    Processes that Lightning starts inherit it through the environment; those that Slurm or torchrun start share a job.
+    Processes that Lightning starts inherit it through the environment. Those that torchrun starts share its id, if
+    anybody gave it one, or else the process that started them; those of Slurm a job, and a step of it.
     """
-    shared = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if shared == "none":
-        shared = os.environ.setdefault("VIT_EFFICIENT_STAMP", time.strftime("%Y%m%d-%H%M%S"))
-    return shared
+    launch, elastic = detect_launch(), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "0")
+    if elastic != "none":
+        return elastic
+    if job:
+        return f"{job}.{step}" if launch is not None and launch.by == "srun" and step != "0" else job
+    began = process_started(os.getppid()) if launch is not None else None
+    if began is not None:
+        return time.strftime(TIME, time.localtime(began))
+    return os.environ.setdefault("VIT_EFFICIENT_STAMP", time.strftime(TIME))
 
 
 def new_path(variant: str, protocol: str, root: Path = ROOT) -> Path:
-    """``runs/<recipe>-<protocol>-<time>``, with a counter behind it where two runs begin in one second."""
-    stem = f"{run_stem(variant, protocol)}-{stamp()}"
-    path, count = root / stem, 1
+    """``runs/<recipe>-<protocol>-<time>``, the same for all ranks, and of a process that is alone a free one.
+
+    There, a counter stands behind it where two runs begin in one second, and what rank 0 finds is what the processes
+    get that Lightning starts afterwards, when the folder is there. Those of Slurm or torchrun look for a name at the
+    same time as others make it: they take it as it is, and rank 0 refuses one that is there already.
+    """
+    path = root / f"{run_stem(variant, protocol)}-{stamp()}"
+    if detect_launch() is not None:
+        return path
+    if rank() > 0 and CHOSEN in os.environ:
+        return Path(os.environ[CHOSEN])
+    stem, count = path.name, 1
     while path.exists():
         count += 1
         path = root / f"{stem}-{count}"
+    os.environ[CHOSEN] = str(path)
     return path
 
 
@@ -172,21 +193,34 @@ def locate(target: str) -> tuple[RunDir, Path]:
     run = RunDir(path)
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
-        raise CheckpointError(f"--resume {target}: no checkpoint in {run.checkpoints}; nothing was saved there.")
+        again = ""
+        if run.begun:
+            words = ["python", "-m", "vit_efficient.fit", "--recipe", str(run.recipe), f"run.dir={path}"]
+            again = f" Begin it again:\n  {shlex.join([*words, '--resume', 'auto'])}"
+        raise CheckpointError(f"--resume {target}: no checkpoint in {run.checkpoints}; nothing was saved there.{again}")
     return run, checkpoint
 
 
-def find_unfinished(recipe: Recipe, root: Path = ROOT) -> RunDir | None:
+def find_unfinished(recipe: Recipe, root: Path = ROOT, say: Callable[[str], None] = lambda line: None) -> RunDir | None:
     """The run of the same recipe that began last, of those that have a checkpoint and no metrics yet.
 
     Their names do not tell: some end in a time, others in a job's number. `recipe.yaml` is written once, at the start.
+
+    Args:
+        recipe: resolved.
+        root: where runs are.
+        say: is told of each unfinished run whose recipe cannot be read any more.
     """
     runs = [RunDir(p.parent) for p in root.glob(f"{run_stem(recipe.variant, recipe.protocol)}-*/{RECIPE}")]
     for run in sorted(runs, key=lambda r: (r.recipe.stat().st_mtime_ns, r.path.name), reverse=True):
         checkpoint = run.last_checkpoint()
         if run.finished or checkpoint is None:
             continue
-        saved = load_recipe(str(run.recipe)).recipe.model_dump(mode="json")
+        try:
+            saved = load_recipe(str(run.recipe)).recipe.model_dump(mode="json")
+        except UserError as error:
+            say(f"{run.recipe} cannot be read, and the run is passed over: {str(error).splitlines()[0]}")
+            continue
         if not differences(saved, recipe.model_dump(mode="json")):
             return run
     return None

@@ -211,8 +211,14 @@ def _devices(recipe: Recipe, machine: Machine) -> list[Problem]:
             message += f" (the driver is {machine.driver}: this torch may be built for a newer one)"
         message += ". Take strategy.accelerator=cpu, or another machine"
         return [Problem("strategy.accelerator", message)]
-    per_node, _ = devices(strategy)
+    per_node, nodes = devices(strategy)
     problems = _launched(strategy, machine.launch) if machine.launch is not None else []
+    if machine.launch is None and nodes > 1:
+        message = (
+            f"is {nodes}, and this command starts processes on its own machine alone: they would wait for the others "
+            "in vain. Start it on all by torchrun (docs/slurm.md), or by `python -m vit_efficient.submit`"
+        )
+        problems.append(Problem("strategy.nodes", message, allowed="1, where nobody has started the other nodes"))
     if not problems and strategy.accelerator == "gpu" and per_node > machine.gpus_on_node:
         message = f"is {per_node}, and {'the job' if machine.launch else 'this machine'} has {_gpus(machine)}"
         message += " on each node" if machine.launch else ""
