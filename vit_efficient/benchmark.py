@@ -13,13 +13,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from vit_efficient.cli import Parser, base_parser, run_command
+from vit_efficient.cli import Parser, base_parser, output_file, run_command
 from vit_efficient.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def model_parser() -> Parser:
     )
     words.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of each (default 5)")
     words.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of a turn, about (default 0.5)")
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 
@@ -111,7 +110,7 @@ def data_parser() -> Parser:
     words.add_argument("--workers", type=_positive, nargs="+", metavar="N", help="loader processes to try")
     words.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="of the loader (default 256)")
     words.add_argument("--seconds", type=float, default=5.0, metavar="S", help="each loader is timed for (default 5)")
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 
@@ -156,7 +155,7 @@ def benchmark_models(options: argparse.Namespace, console: Console) -> None:
     against = [peer(options.against, train=options.train)] if options.against else []
     if options.train and (options.how or options.checkpoint or options.peers):
         raise UserError("--train times recipes as they train: leave out --how, --checkpoint and --peers.")
-    entries = [Entry(word.split()[0], tuple(word.split()[1:])) for word in options.recipe or [] if word.strip()]
+    entries = [Entry.of(word) for word in options.recipe or [] if word.strip()]
     entries += [Entry(path, file=True) for path in options.checkpoint]
     if not entries and not options.peers and not against:
         raise UserError(

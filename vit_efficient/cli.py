@@ -12,9 +12,12 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from vit_efficient.errors import UserError
@@ -69,6 +72,20 @@ def base_parser(command: str, description: str, *, several: bool = False, requir
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser
+
+
+def output_file(text: str) -> Path:
+    """For ``type=`` of an option that names a file to write: that it can be written is known before the work begins."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
+    return path
 
 
 def show_error(error: UserError) -> None:

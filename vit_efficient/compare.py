@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vit_efficient.cli import Parser, run_command
+from vit_efficient.cli import Parser, output_file, run_command
 from vit_efficient.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def parser() -> Parser:
     words.add_argument(
         "--across-protocols", action="store_true", help="compare runs whose model, data, augment or optim differ"
     )
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 

@@ -10,11 +10,10 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from vit_efficient.cli import Parser, base_parser, run_command
+from vit_efficient.cli import Parser, base_parser, output_file, run_command
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import detect
 from vit_efficient.recipe.compat import check, resolve
@@ -32,7 +31,7 @@ def parser() -> Parser:
         help="a run's folder, its model.safetensors, or one of its checkpoints; "
         "unset: `model.weights`, quantized without training",
     )
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 

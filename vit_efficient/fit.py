@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from vit_efficient.cli import base_parser, run_command
+from vit_efficient.cli import base_parser, output_file, run_command
 from vit_efficient.cluster.early import StoppedOutside, stop_at_once
 from vit_efficient.cluster.record import outcome_noted
 from vit_efficient.errors import RecipeError, UserError
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         help="none: a new run; auto: go on with the newest unfinished run of this recipe, or begin one; "
         "PATH: go on with that run or checkpoint",
     )
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file too")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file too")
     return words
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vit_efficient.cli import USER_ERROR, Parser, base_parser, run_command
+from vit_efficient.cli import USER_ERROR, Parser, base_parser, output_file, run_command
 from vit_efficient.errors import RecipeError, UserError
 from vit_efficient.machine import detect
 from vit_efficient.recipe.compat import check, resolve
@@ -47,7 +47,7 @@ def parser() -> Parser:
         help="compare the codes of a written integer model between all backends that are here, layer by layer",
     )
     words.add_argument("--onnx", type=Path, metavar="FILE", help="with --verify: the same model as exported to ONNX")
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -133,3 +136,35 @@ def test_training_that_fails_leaves_the_others(command: Command, small: Sequence
     assert "leaves nothing to train" in lost["failed"]
     assert ran["relative"] == 1
     assert not list(tmp_path.glob("runs*")), "nothing is left behind but what was asked for"
+
+
+def test_training_that_is_stopped_leaves_nothing(
+    start: Callable[..., subprocess.Popen[str]], small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process, no folder. The signal goes to the command alone, as that of a batch system may."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    words = ("--recipe", "fp32_sdpa strategy=ddp strategy.devices=2", small[0], "--batch", "8", "--steps", "1000000")
+    process = start("benchmark", "training", *words, "strategy.accelerator=cpu")
+
+    def running() -> int:
+        commands = [_command(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
+        return sum(b"timed_process" in command and bytes(tmp_path) in command for command in commands)
+
+    deadline = time.monotonic() + 300
+    while running() < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running() >= 2, "both ranks train"
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert running() == 0
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def _command(path: Path) -> bytes:
+    """Of a process; nothing of one that has just ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from vit_efficient.cli import base_parser
+from vit_efficient.cli import base_parser, output_file
 from vit_efficient.errors import UserError
 
 
@@ -87,3 +88,16 @@ def test_an_error_is_shown_as_it_is() -> None:
         "    did you mean 'c'?\n"
         "  optim.lr: is missing\n"
     )
+
+
+def test_an_output_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    words = base_parser("fit", "Words.")
+    words.add_argument("--output", type=output_file)
+    given = ["--recipe", "r", "--output"]
+    made = words.parse_args([*given, str(tmp_path / "new" / "f.json")]).output
+    assert made.parent.is_dir()
+    assert not made.exists()
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "f.json", Path("/proc/nobody/f.json")):
+        with pytest.raises(UserError, match=f"{path} cannot be written: "):
+            words.parse_args([*given, str(path)])

@@ -40,6 +40,22 @@ class Entry:
     stock: bool = False
     mode: str | None = None
 
+    @classmethod
+    def of(cls, text: str) -> Entry:
+        """A recipe and its own overrides as they stand in one word of the command line: ``"int8_sdpa a=1 b={c: d}"``.
+
+        Split at spaces, but for those inside braces and brackets.
+        """
+        parts, depth = [""], 0
+        for letter in text:
+            depth += (letter in "{[") - (letter in "}]")
+            if letter.isspace() and depth <= 0:
+                parts.append("")
+            else:
+                parts[-1] += letter
+        source, *words = [part for part in parts if part] or [""]
+        return cls(source, tuple(words))
+
     @property
     def title(self) -> str:
         return self.name or " ".join((Path(self.source).name if self.file else self.source, *self.words))

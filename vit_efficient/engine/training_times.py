@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vit_efficient.cli import Parser, base_parser
+from vit_efficient.cli import Parser, base_parser, output_file
+from vit_efficient.cluster.early import StoppedOutside, stop_at_once
 from vit_efficient.engine.contenders import load_entry
 from vit_efficient.engine.entries import Entry
 from vit_efficient.engine.rundir import write_json
@@ -35,6 +39,11 @@ from vit_efficient.measure.training_rows import GIB, TrainingRow, first_that_ran
 from vit_efficient.recipe.schema import Recipe
 
 MODULE = "vit_efficient.engine.timed_process"
+OURS = {  # keys that this command decides
+    "data.batch_size": "--batch says how many images each device has in a step, whatever their number",
+    "data.workers": "every step has the same batch, and nothing is loaded",
+}
+LINGER = 30.0  # seconds that the other processes of a run get to end once the first has
 LINES = 6  # of what a run printed, shown where it died without an answer
 EXAMPLES = """\
 examples:
@@ -75,7 +84,7 @@ def parser() -> Parser:
     words.add_argument("--warm-up", type=_positive, default=8, metavar="N", help="steps before them (default 8)")
     words.add_argument("--rounds", type=_positive, default=2, metavar="N", help="runs of each, in turn (default 2)")
     words.add_argument("--memory", type=float, metavar="GIB", help="hold each process to so much of its GPU")
-    words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file")
+    words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 
@@ -105,7 +114,7 @@ def main(arguments: Sequence[str], console: Console) -> None:
         )
     if options.memory is not None and not machine.gpus:
         raise UserError("--memory holds a process to a part of its GPU, and there is no GPU here.")
-    entries = [Entry(word.split()[0], tuple(word.split()[1:])) for word in options.recipe if word.strip()]
+    entries = [Entry.of(word) for word in options.recipe if word.strip()]
     if not entries:
         raise UserError("There is nothing to measure: give `--recipe R` (repeatable).")
     asked = [prepare(entry, options.overrides, batch, machine) for batch in options.batch for entry in entries]
@@ -115,14 +124,18 @@ def main(arguments: Sequence[str], console: Console) -> None:
         console.print(Text(text, "dim"), soft_wrap=True)
 
     def keep(rows: Sequence[TrainingRow]) -> None:
-        """After each round, so that what is cut short leaves what it measured."""
+        """After each run, so that what is cut short leaves what it measured."""
         if options.output is not None:
             plain = [row.plain(first_that_ran(rows, row.batch)) for row in rows]
             asked_for = {"steps": options.steps, "warm_up": options.warm_up, "memory_gib": options.memory}
             write_json(options.output, {**asked_for, "rows": plain, "environment": conditions})
 
     memory = None if options.memory is None else options.memory * GIB
-    rows = measure(asked, options.rounds, options.steps, options.warm_up, memory, tell, keep)
+    try:
+        with stop_at_once():
+            rows = measure(asked, options.rounds, options.steps, options.warm_up, memory, tell, keep)
+    except StoppedOutside as stop:
+        sys.exit(128 + stop.signal)
     where = machine.gpus[0].name if asked[0].recipe.strategy.accelerator == "gpu" else "CPU"
     print_rows(console, rows, f"{asked[0].recipe.model.name}, training, {where}")
     failed = [row for row in rows if row.failed is not None]
@@ -135,12 +148,13 @@ def prepare(entry: Entry, overrides: Sequence[str], batch: int, machine: Machine
     """A recipe whose global batch is `batch` images for each of its devices.
 
     Raises:
-        UserError: it cannot run here; its micro-batch does not divide the batch; it wants several nodes.
+        UserError: it cannot run here, on one machine; its micro-batch does not divide the batch.
     """
+    for word in (*overrides, *entry.words):
+        if (why := OURS.get(word.partition("=")[0])) is not None:
+            raise UserError(f"{word} has no place here: {why}.")
     common = (*overrides, "data.workers=0")  # nothing is loaded
     first = load_entry(entry, common, machine)
-    if getattr(first.strategy, "nodes", 1) > 1:
-        raise UserError(f"{entry.title}: strategy.nodes is {first.strategy.nodes}, and this runs on one machine.")  # type: ignore[union-attr]
     world = world_size(first)
     micro = _micro_batch(entry, overrides)
     if micro is not None and batch % micro:
@@ -212,7 +226,7 @@ def measure(
         warm_up: steps before them.
         memory: bytes of its GPU that each process is held to.
         tell: told what runs.
-        keep: given all rows that have run or failed so far, after each round.
+        keep: given all rows, after each run.
     """
     rows = [contender.row for contender in asked]
     for number in range(rounds):
@@ -222,7 +236,7 @@ def measure(
             tell(f"run {number + 1} of {rounds}: {contender.row.name}, batch {contender.row.batch}")
             question = Question(contender.entry.source, contender.words, steps, warm_up, memory)
             rows[place] = _with(rows[place], run_processes(question, contender.row.world))
-        keep(rows)
+            keep(rows)
     return rows
 
 
@@ -246,7 +260,7 @@ def _most(answers: Sequence[dict[str, Any]], name: str, before: int | None) -> i
 
 
 def run_processes(question: Question, world: int) -> list[dict[str, Any]] | str:
-    """One run in processes of its own.
+    """One run in processes of its own, none of which is left when this returns or raises.
 
     Returns:
         What each rank answered, or why there is no answer.
@@ -255,13 +269,15 @@ def run_processes(question: Question, world: int) -> list[dict[str, Any]] | str:
         file, log = Path(name, "question.json"), Path(name, "log.txt")
         question.write(file)
         with log.open("w") as printed:
-            process = subprocess.Popen([sys.executable, "-m", MODULE, str(file)], stdout=printed, stderr=printed)
+            # A session of its own, so that all that it starts can be ended together, and a Ctrl-C is for this process.
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(file)], stdout=printed, stderr=printed, start_new_session=True
+            )
             try:
                 code = process.wait()
-            except BaseException:  # Ctrl-C has reached the run too; it ends its own processes
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                raise
+                _wait_for_the_others(process.pid)
+            finally:
+                _end(process)
         found = [answer_file(file, rank) for rank in range(world)]
         answers = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.is_file()]
         failed = [answer["failed"] for answer in answers if "failed" in answer]
@@ -271,3 +287,30 @@ def run_processes(question: Question, world: int) -> list[dict[str, Any]] | str:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             return f"the run ended with exit code {code}:\n    " + "\n    ".join(lines[-LINES:])
         return answers
+
+
+def _living(group: int) -> bool:
+    """Whether a process group has members that are no zombies, which nobody may be there to bury."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
+
+
+def _wait_for_the_others(group: int) -> None:
+    """Rank 0 may end first; the other ranks have answers to write."""
+    deadline = time.monotonic() + LINGER
+    while _living(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a run and all that it has started: there is nothing in it to save, and the next one wants the device."""
+    deadline = time.monotonic() + LINGER
+    with suppress(ProcessLookupError):
+        while _living(process.pid) and time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
+    process.poll()

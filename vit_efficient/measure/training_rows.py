@@ -69,14 +69,14 @@ class TrainingRow:
         """Each device's images a second over those of another row: (median, lowest, highest) over the rounds."""
         ratios = [
             (self.batch / own) / (first.batch / other)
-            for own, other in zip(self.medians, first.medians, strict=True)
+            for own, other in zip(self.medians, first.medians, strict=False)  # a round may be under way
         ]  # fmt: skip
         return statistics.median(ratios), min(ratios), max(ratios)
 
     def plain(self, first: TrainingRow | None) -> dict[str, Any]:
         """As a mapping for a JSON file."""
         row = asdict(self)
-        if self.failed is None:
+        if self.rounds:
             row |= {"seconds": self.seconds, "medians": self.medians, "images_per_second_each": self.each}
             row["images_per_second"] = self.each * self.world
             if first is not None:
@@ -86,7 +86,7 @@ class TrainingRow:
 
 def first_that_ran(rows: Sequence[TrainingRow], batch: int) -> TrainingRow | None:
     """What the others of a batch size are held against."""
-    return next((row for row in rows if row.batch == batch and row.failed is None), None)
+    return next((row for row in rows if row.batch == batch and row.rounds), None)
 
 
 def print_rows(console: Console, rows: Sequence[TrainingRow], title: str) -> None:

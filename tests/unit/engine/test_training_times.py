@@ -60,8 +60,10 @@ def test_of_a_gpu_that_is_not_known_there_is_memory_alone() -> None:
     ("words", "said"),
     [
         (("strategy=single", "strategy.micro_batch=7"), "strategy.micro_batch 7 does not divide --batch 24"),
-        (("strategy=ddp", "strategy.nodes=2"), "strategy.nodes is 2, and this runs on one machine"),
+        (("strategy=ddp", "strategy.nodes=2"), "strategy.nodes: is 2, and this command starts"),
         (("strategy=absent",), "strategy"),
+        (("data.batch_size=8",), "data.batch_size=8 has no place here: --batch says"),
+        (("data.workers=2",), "data.workers=2 has no place here"),
     ],
 )
 def test_refused_before_anything_runs(words: tuple[str, ...], said: str) -> None:
@@ -89,6 +91,46 @@ def test_a_run_that_dies_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(said, str)
     assert said.startswith("the run ended with exit code 0:")
     assert said.endswith("let's do more of those!")
+
+
+OTHERS = """
+import json, subprocess, sys, time
+from pathlib import Path
+late = (
+    "import time, sys; time.sleep(1); open(sys.argv[1], 'w').write('{\\"loss\\": 2}'); "
+    "time.sleep(float(sys.argv[2]))"
+)
+question = Path(sys.argv[1])
+words = [str(question.with_name("answer-1.json")), "%d"]
+subprocess.Popen([sys.executable, "-c", late, *words])
+question.with_name("answer-0.json").write_text(json.dumps({"loss": 1}))
+"""
+
+
+def test_other_ranks_may_end_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their answers are waited for."""
+    (tmp_path / "others.py").write_text(OTHERS % 0)
+    monkeypatch.setattr(training_times, "MODULE", "others")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_processes(Question("a", (), 1, 1), 2) == [{"loss": 1}, {"loss": 2}]
+
+
+def test_nobody_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank that does not end is ended, and is no zombie's keeper."""
+    (tmp_path / "others.py").write_text(OTHERS % 1000)
+    monkeypatch.setattr(training_times, "MODULE", "others")
+    monkeypatch.setattr(training_times, "LINGER", 3.0)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    groups: list[int] = []
+    real = training_times._end
+    monkeypatch.setattr(training_times, "_end", lambda process: (groups.append(process.pid), real(process)))
+    assert run_processes(Question("a", (), 1, 1), 2) == [{"loss": 1}, {"loss": 2}]
+    assert not training_times._living(groups[0])
+
+
+def test_words_of_one_recipe() -> None:
+    entry = Entry.of(" int8_sdpa  strategy=ddp model.kwargs={depth: 2, more: [1, 2]} a=1 ")
+    assert entry == Entry("int8_sdpa", ("strategy=ddp", "model.kwargs={depth: 2, more: [1, 2]}", "a=1"))
 
 
 def test_questions_come_back(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def test_plain_values() -> None:
     assert plain["relative"] == pytest.approx(0.65)
     assert plain["relative_range"] == [pytest.approx(0.5), pytest.approx(0.8)]
     assert "seconds" not in LOST.plain(ONE)
+    waiting = TrainingRow("later", "single", 1, 100, 100)
+    assert "seconds" not in waiting.plain(ONE), "not run yet"
+    assert first_that_ran([waiting, ONE], 100) is ONE
+    once = TrainingRow("once", "single", 1, 100, 100, rounds=((0.1,),))
+    assert once.plain(ONE)["relative"] == 1, "of the rounds that both have had"
     assert LOST.plain(None)["failed"].startswith("OutOfMemoryError")
 
 
