@@ -206,6 +206,29 @@ def test_a_disk_that_fills_up(
     assert json.loads((run / "metrics.json").read_text())["steps"] == 36
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_of_something_else(
+    start: Start, small: Sequence[str], small_disk: Path, tmp_path: Path
+) -> None:
+    """Between two checkpoints it is TensorBoard that meets it: said once, and the run trains on to its next one."""
+    run = small_disk / "run"
+    shorter = [word for word in small if not word.startswith("data.batch_size")]  # 45 steps an epoch
+    words = ("--recipe", "fp32_sdpa", *shorter, "data.batch_size=32", f"run.dir={run}", "data.audit=a.txt")
+    process = start("fit", *words, "run.log_every=1")
+    deadline = time.monotonic() + 240
+    audit = tmp_path / "a.txt"
+    while process.poll() is None and time.monotonic() < deadline and not (audit.exists() and audit.stat().st_size):
+        time.sleep(0.02)
+    with open(small_disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 2, printed
+    assert printed.count("TensorBoard's files cannot be written any more") == 1, printed
+    assert "Cannot write the checkpoint" in printed
+    assert "Traceback" not in printed, printed
+
+
 def test_two_jobs_in_one_folder(start: Start, command: Command, small: Sequence[str], tmp_path: Path) -> None:
     """The second refuses and names the first; after `kill -9` of the first nothing is left to clear away."""
     words = (*WORDS, *(w for w in small if w != "optim.epochs=3"), "optim.epochs=50", "run.dir=run")

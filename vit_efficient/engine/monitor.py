@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from vit_efficient.engine.board import Board
 from vit_efficient.engine.figures import confusion_figure
 from vit_efficient.engine.loop import RunLoop
 from vit_efficient.engine.ranks import sum_over_ranks
@@ -33,9 +33,9 @@ class Monitor(L.Callback):
         self._since = (time.monotonic(), 0, 0.0)
         self._shown = False
 
-    def _writer(self, trainer: L.Trainer) -> TensorBoardLogger | None:
+    def _writer(self, trainer: L.Trainer) -> Board | None:
         logger = trainer.logger
-        return logger if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero else None
+        return logger if isinstance(logger, Board) and trainer.is_global_zero else None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restart_interval(trainer)
@@ -90,13 +90,14 @@ class Monitor(L.Callback):
             scalars["data/skipped_samples"] = skipped
         writer.log_metrics(scalars, step)
 
-    def _show_examples(self, writer: TensorBoardLogger, module: ViTModule, batch: dict[str, Any]) -> None:
+    def _show_examples(self, writer: Board, module: ViTModule, batch: dict[str, Any]) -> None:
         """The first images as the network sees them, augmented and mixed, once a run."""
         self._shown = True
         images, _ = module.transforms(batch)
         shown = images[:16].float().cpu()
         low, high = shown.amin((1, 2, 3), keepdim=True), shown.amax((1, 2, 3), keepdim=True)
-        writer.experiment.add_images("examples/train", (shown - low) / (high - low).clamp_min(1e-6), self._step(module))
+        seen, step = (shown - low) / (high - low).clamp_min(1e-6), self._step(module)
+        writer.draw(lambda: writer.experiment.add_images("examples/train", seen, step))
 
     @staticmethod
     def _step(module: ViTModule) -> int:
@@ -109,4 +110,4 @@ class Monitor(L.Callback):
         latest = self.loop.latest
         writer.log_metrics({f"evaluation/{k}": latest[k] for k in ("top1", "top5", "f1", "loss")}, trainer.global_step)
         figure = confusion_figure(latest["confusion"], self.class_names)
-        writer.experiment.add_figure("evaluation/confusion", figure, trainer.global_step)
+        writer.draw(lambda: writer.experiment.add_figure("evaluation/confusion", figure, trainer.global_step))

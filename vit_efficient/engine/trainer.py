@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from vit_efficient.cluster.environment import cluster_environment
 from vit_efficient.engine.background import Writer
+from vit_efficient.engine.board import Board
 from vit_efficient.engine.checkpoint import AtomicCheckpointIO
 from vit_efficient.machine import detect_launch, sees_one_gpu
 from vit_efficient.model.build import compute_dtype
@@ -87,7 +87,7 @@ def build_trainer(
         writer: writes checkpoints; None: at once.
     """
     per_node, nodes = devices(recipe)
-    logger = TensorBoardLogger(str(run_dir), name="", version="tensorboard") if run_dir is not None else False
+    logger = Board(run_dir) if run_dir is not None else False
     launch = detect_launch()
     bound = recipe.strategy.accelerator == "gpu" and sees_one_gpu(launch)
     environment = cluster_environment(launch, bound=bound)
