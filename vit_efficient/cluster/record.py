@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vit_efficient.errors import UserError
 
@@ -30,6 +30,7 @@ VARIABLE = "VIT_EFFICIENT_JOB"  # tells the processes of a job where this folder
 # Exit codes of a process that was asked to stop, and saved.
 STOPPED = tuple(128 + int(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 _STEP = re.compile(r"step-(\d+)")
+T = TypeVar("T")
 
 
 def folder(run: Path) -> Path:
@@ -100,13 +101,25 @@ def attempts(run: Path) -> list[Attempt]:
     file = folder(run) / "attempts"
     if not file.is_file():
         return []
-    return [Attempt(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [attempt for line in lines if (attempt := _read(Attempt, line)) is not None]
 
 
 def add_attempt(run: Path, attempt: Attempt) -> None:
     """Note a start."""
-    with open(folder(run) / "attempts", "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
+    with open(folder(run) / "attempts", "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read() not in (b"", b"\n")  # a full disk has cut the last line: this one is not to be lost with it
+        file.write(b"\n" * torn + json.dumps(asdict(attempt)).encode() + b"\n")
+
+
+def _read(kind: type[T], text: str) -> T | None:
+    """A record out of its JSON; None where that was cut off: to know one thing less is better than to stop."""
+    try:
+        return kind(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
 
 
 def step_reached(folders: tuple[str, ...]) -> int:

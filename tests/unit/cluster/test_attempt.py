@@ -12,7 +12,7 @@ import pytest
 
 from vit_efficient.cluster import attempt
 from vit_efficient.cluster.attempt import AGAIN, begin, end, follow, number_of
-from vit_efficient.cluster.record import VARIABLE, Job, attempts, outcome_noted, outcomes, submitted_runs
+from vit_efficient.cluster.record import VARIABLE, Job, attempts, folder, outcome_noted, outcomes, submitted_runs
 from vit_efficient.errors import UserError
 
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "MASTER_ADDR": "localhost"}
@@ -89,6 +89,21 @@ def test_sharded_checkpoints_are_folders(run: Path) -> None:
     (run / "checkpoints" / ".step-00000099.ckpt.1.tmp").touch()  # half written
     begin(run, JOB)
     assert attempts(run)[0].step == 12
+
+
+@pytest.mark.parametrize("cut", [5, -1], ids=["in a line", "before its end"])
+def test_a_torn_line(run: Path, cut: int) -> None:
+    """The disk was full: what can be read counts, and what follows begins on a line of its own."""
+    save(run, 3)
+    begin(run, JOB)
+    file = folder(run) / "attempts"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:cut])
+    assert "start" in begin(run, JOB)
+    assert [each.step for each in attempts(run)] == [3] * (2 if cut > 0 else 3)
+    assert file.read_bytes().endswith(b"\n")
+    file.write_bytes(b"7\n\n\xff\n" + whole)  # no record, none, no text
+    assert len(attempts(run)) == 1
 
 
 def test_submitted_again_by_hand(run: Path) -> None:
