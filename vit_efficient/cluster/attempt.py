@@ -116,7 +116,6 @@ def _judge(run: Path, code: int, preempted: bool) -> tuple[int, str]:
         return 1 if code == AGAIN else code, "cancelled; not started again"  # a process may have ended with that code
     if said and said[0].kind == "mistake":
         return USER_ERROR, "stopped by a mistake that only you can mend (the message is above); not started again"
-    # The first process to end tells why: srun ends the others with a signal of its own.
     first = said[0] if said else None
     if first is not None and first.kind == "stopped":
         code = int(first.detail)

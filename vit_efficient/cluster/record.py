@@ -30,6 +30,10 @@ VARIABLE = "VIT_EFFICIENT_JOB"  # tells the processes of a job where this folder
 # Exit codes of a process that was asked to stop, and saved.
 STOPPED = tuple(128 + int(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 _STEP = re.compile(r"step-(\d+)")
+# How a process can end, what decides first: srun ends the others with a signal, which they may take for a wish to stop.
+KINDS = ("mistake", "fault", "stopped", "done")
+# What a process says that ended because of another one: SIGTERM, which srun sends, or a code without an error.
+_FOLLOWING = re.compile(rf"{128 + signal.SIGTERM}|exit code \d+")
 T = TypeVar("T")
 
 
@@ -132,7 +136,10 @@ def step_reached(folders: tuple[str, ...]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: ``done``, ``mistake`` (told to the user), ``stopped`` (by a signal, saved) or ``fault``."""
+    """How a process ended: ``done``, ``mistake`` (told to the user), ``stopped`` (by a signal, saved) or ``fault``.
+
+    `time` is for people: the clocks of two nodes differ by more than the ends of two processes.
+    """
 
     time: float
     kind: str
@@ -140,9 +147,10 @@ class Outcome:
 
 
 def outcomes(run: Path) -> list[Outcome]:
-    """Of the last start, the earliest first."""
-    found = [Outcome(**json.loads(file.read_text("utf-8"))) for file in (folder(run) / "outcomes").glob("[0-9]*")]
-    return sorted(found, key=lambda outcome: outcome.time)
+    """Of the last start: by kind, the one that decides first; of a kind, what tells why before what followed."""
+    files = sorted((folder(run) / "outcomes").glob("[0-9]*"), key=lambda file: (len(file.name), file.name))
+    found = [outcome for file in files if (outcome := _read(Outcome, file.read_text("utf-8"))) is not None]
+    return sorted(found, key=lambda one: (KINDS.index(one.kind), _FOLLOWING.fullmatch(one.detail) is not None))
 
 
 def note_outcome(run: Path, kind: str, detail: str, process: str = "0") -> None:

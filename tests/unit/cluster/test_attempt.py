@@ -162,6 +162,40 @@ def test_again_or_not(
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "expected", "said"),
+    [
+        (SystemExit(143), RuntimeError("CUDA error"), AGAIN, "RuntimeError: CUDA error"),
+        (SystemExit(143), SystemExit(75), AGAIN, "exit code 75"),
+        (SystemExit(143), UserError("no data"), 2, "a mistake"),
+        (RuntimeError("connection closed"), UserError("no data"), 2, "a mistake"),
+        (SystemExit(75), RuntimeError("CUDA error"), AGAIN, "RuntimeError: CUDA error"),
+        (None, RuntimeError("CUDA error"), AGAIN, "RuntimeError: CUDA error"),
+        (SystemExit(143), SystemExit(138), AGAIN, "its time ends"),
+    ],
+)
+@pytest.mark.parametrize("late", [0.7, -0.7])
+@pytest.mark.parametrize("order", [(0, 10), (10, 0)])
+def test_no_clock_decides(
+    run: Path,
+    first: BaseException | None,
+    then: BaseException,
+    expected: int,
+    said: str,
+    late: float,
+    order: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two nodes' clocks differ: what ended a run is known by its kind, whatever the stamps, and whichever rank."""
+    begin(run, JOB)
+    for process, error, stamp in zip(order, (first, then), (100.0, 100.0 + late), strict=True):
+        monkeypatch.setattr("vit_efficient.cluster.record.time.time", lambda stamp=stamp: stamp)
+        leave(run, process, error)
+    found, line = end(run, 143, preempted=False)
+    assert found == expected
+    assert said in line
+
+
 def test_a_cancelled_run_is_not_started_again(run: Path) -> None:
     begin(run, JOB)
     Job("17", "name", "log", 0.0, (str(run),), 2, "sbatch", cancelled=True).write(run)
