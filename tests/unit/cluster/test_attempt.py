@@ -145,10 +145,13 @@ def test_an_address_that_nobody_knows(run: Path) -> None:
         ([UserError("no data"), SystemExit(143)], 143, False, 2, "a mistake"),
         ([RuntimeError("CUDA error")], 143, False, AGAIN, "RuntimeError: CUDA error"),
         # one that noticed that another had died, and left with a code of its own
-        ([SystemExit(75), SystemExit(143)], 143, False, AGAIN, "exit code 75"),
+        ([SystemExit(75), SystemExit(143)], 143, False, AGAIN, "exit code 75, another process of the run died"),
+        # the watchdog ends a process at once, so that only srun's code tells
+        ([], 75, False, AGAIN, "code 75 (another process of the run died)"),
+        ([], 76, False, AGAIN, "code 76 (no progress for too long"),
         # processes that were killed say nothing
-        ([], 137, False, AGAIN, "died"),
-        ([], 143, False, AGAIN, "died"),
+        ([], 137, False, AGAIN, "a process or a node died"),
+        ([], 143, False, AGAIN, "a process or a node died"),
     ],
 )
 def test_again_or_not(
