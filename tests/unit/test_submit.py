@@ -185,6 +185,29 @@ def test_looking_after_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("what was printed\n")
 
 
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> Path:
+    """Slurm's commands, as shell scripts that note how they were called in the file that is returned."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    calls.touch()
+    for name, script in scripts.items():
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {calls}\n{script}\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    return calls
+
+
+def test_a_cancel_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job goes on, and so does its starting again after a fault."""
+    queued = "echo '17|RUNNING|1:00|9:00|n1|None'"
+    calls = commands(tmp_path, monkeypatch, squeue=queued, scancel="echo 'controller is away' >&2; exit 1")
+    job = Job("17", "name", str(tmp_path / "log"), 0.0, (), 3, "sbatch")
+    job.write(tmp_path / "a")
+    assert "Job 17 cannot be cancelled. scancel says: controller is away" in refused("cancel", "a")
+    assert "scancel 17" in calls.read_text()
+    assert Job.read(tmp_path / "a") == job
+
+
 def test_logs_need_no_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Job("1", "name", str(tmp_path / "log"), 0.0, (), 3, "sbatch").write(tmp_path / "a")
     (tmp_path / "log").write_text("".join(f"line {n} [bold]\n" for n in range(20_000)))
