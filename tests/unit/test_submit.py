@@ -197,6 +197,47 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) ->
     return calls
 
 
+def half_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scancel: str) -> tuple[str, str]:
+    """An array whose second part is refused: what is said, and how Slurm was called."""
+    (tmp_path / "site.yaml").write_text("{container: apptainer exec x.sif, gpu_type: a40, runs: studies}")
+    refuses = "echo 'sbatch: error: Something new' >&2; exit 1"
+    sbatch = f'case "$*" in *--dependency*) {refuses};; *) echo 17;; esac'
+    calls = commands(tmp_path, monkeypatch, sbatch=sbatch, scancel=scancel)
+    said = refused("--array", "recipes", "--recipe", "fp32_sdpa", "--recipe", "int4_sdpa", "--time", "1h")
+    assert "Something new" in said
+    assert "Nothing was started" not in said
+    return said, calls.read_text()
+
+
+def test_half_an_array_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, calls = half_submitted(tmp_path, monkeypatch, "exit 0")
+    assert "cancelled again: 17." in said
+    assert calls.splitlines()[-1] == "scancel 17"
+    assert list((tmp_path / "studies").iterdir()) == []
+
+
+def test_half_an_array_that_stays_keeps_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job would find nothing, and nobody would find the job."""
+    said, _ = half_submitted(tmp_path, monkeypatch, "echo 'no answer' >&2; exit 1")
+    assert "still in the queue: 17." in said
+    assert "scancel says: no answer" in said
+    (study,) = (tmp_path / "studies").iterdir()
+    assert str(study) in said
+    assert (study / "slurm" / "job.sh").is_file()
+    assert Job.read(study / "fp32_sdpa").number == "17_0"
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "afile/x", "x" * 300])
+def test_a_folder_that_cannot_be_made(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "afile").touch()
+    calls = commands(tmp_path, monkeypatch, sbatch="echo 17")
+    said = refused("--recipe", "fp32_sdpa", "--gpus-per-node", "0", "--time", "1h", f"run.dir={folder}")
+    assert said.startswith(f"run.dir: nothing can be written to {(tmp_path / folder).absolute()}: ")
+    assert "`runs` in the site file" in said
+    assert "job.sh" not in calls.read_text()
+    assert (tmp_path / "afile").is_file()
+
+
 def test_a_cancel_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job goes on, and so does its starting again after a fault."""
     queued = "echo '17|RUNNING|1:00|9:00|n1|None'"
