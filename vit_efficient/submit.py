@@ -11,7 +11,8 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,14 +141,19 @@ def _mistakes(problems: Sequence[Problem]) -> str:
 
 
 def _hand_over(planned: Sequence[Planned], script: Script) -> list[str]:
-    """Write all that the job needs, and submit it; what was written is taken back where Slurm refuses.
+    """Write all that the job needs, and submit it; all of it is taken back where Slurm refuses a part.
 
     Returns:
         Job numbers: one, or two where some runs of an array begin after another one.
+
+    Raises:
+        UserError: refused by Slurm, or by the file system; what of it is left is said.
     """
+    from vit_efficient.engine.submission import unusable
     from vit_efficient.recipe.load import dump_recipe
 
     slurm.require()
+    numbers: dict[int, str] = {}  # Slurm's, by the run's index
     try:
         for index, one in enumerate(planned):
             write_whole(folder(one.run) / "recipe.yaml", dump_recipe(one.recipe))
@@ -155,38 +161,70 @@ def _hand_over(planned: Sequence[Planned], script: Script) -> list[str]:
             Job("", script.name, log, time.time(), one.progress, script.site.restarts, again).write(one.run)
         write_whole(script.path, script.render())
         if not script.array:
-            numbers = {0: slurm.submit(script.path)}
-            submitted = list(numbers.values())
+            numbers[0] = slurm.submit(script.path)
         else:
-            numbers, submitted = _submit_array(planned, script)
-    except (UserError, OSError):
-        for path in (*(one.run for one in planned), script.home):
-            _take_back(path)
-        raise
-    for index, one in enumerate(planned):
-        replace(Job.read(one.run), number=numbers[index]).write(one.run)
-    return submitted
+            _submit_array(planned, script, numbers)
+        _note_numbers(planned, numbers)
+    except (UserError, OSError) as error:
+        said = str(unusable(script.home, error) if isinstance(error, OSError) else error)
+        left = _undo(planned, script, numbers)
+        raise UserError(f"{said.removesuffix(slurm.NOTHING)}\n{left}" if left else said) from error
+    return _jobs(numbers)
 
 
-def _submit_array(planned: Sequence[Planned], script: Script) -> tuple[dict[int, str], list[str]]:
-    """Slurm's numbers by index, and the jobs that were submitted."""
+def _jobs(numbers: Mapping[int, str]) -> list[str]:
+    """Without the tasks of an array."""
+    return list(dict.fromkeys(number.partition("_")[0] for number in numbers.values()))
+
+
+def _note_numbers(planned: Sequence[Planned], numbers: Mapping[int, str]) -> None:
+    for index, number in numbers.items():
+        replace(Job.read(planned[index].run), number=number).write(planned[index].run)
+
+
+def _undo(planned: Sequence[Planned], script: Script, numbers: Mapping[int, str]) -> str:
+    """Cancel what is in the queue already, and remove what was written, unless a job is left that needs it.
+
+    Returns:
+        What is to be said of the jobs; nothing where there were none.
+    """
+    jobs, left, why = _jobs(numbers), [], ""
+    for job in jobs:
+        try:
+            slurm.cancel(job)
+        except UserError as error:
+            left.append(job)
+            why = str(error)
+    if left:
+        with suppress(UserError, OSError):  # so that `submit cancel` finds them
+            _note_numbers(planned, numbers)
+        return (
+            f"  Submitted before that and still in the queue: {' and '.join(left)}. {why}\n"
+            f"  Its folder is kept. Cancel it yourself: scancel {' '.join(left)}; then remove {script.home}."
+        )
+    for path in (*(one.run for one in planned), script.home):
+        _take_back(path)
+    return f"  Submitted before that, and cancelled again: {' and '.join(jobs)}." if jobs else ""
+
+
+def _submit_array(planned: Sequence[Planned], script: Script, numbers: dict[int, str]) -> None:
+    """Adds Slurm's numbers by index, those of a job as soon as it is submitted."""
     later = [index for index, one in enumerate(planned) if one.after_base]
     now = [index for index in range(len(planned)) if index not in later]
     job = slurm.submit(script.path, f"--array={','.join(map(str, now))}")
-    numbers, submitted = {index: f"{job}_{index}" for index in now}, [job]
+    numbers |= {index: f"{job}_{index}" for index in now}
     if later:
         base = next(index for index in now if planned[index].is_base)
         wait = (f"--dependency=afterok:{job}_{base}", "--kill-on-invalid-dep=yes")
         job = slurm.submit(script.path, f"--array={','.join(map(str, later))}", *wait)
         numbers |= {index: f"{job}_{index}" for index in later}
-        submitted.append(job)
-    return numbers, submitted
 
 
 def _take_back(home: Path) -> None:
     shutil.rmtree(folder(home), ignore_errors=True)
-    if home.is_dir() and not any(home.iterdir()):
-        home.rmdir()
+    with suppress(OSError):  # why it could not be made is what is told
+        if home.is_dir() and not any(home.iterdir()):
+            home.rmdir()
 
 
 def _tell(console: Console, script: Script, what: str) -> None:

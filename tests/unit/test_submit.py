@@ -185,6 +185,70 @@ def test_looking_after_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("what was printed\n")
 
 
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> Path:
+    """Slurm's commands, as shell scripts that note how they were called in the file that is returned."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    calls.touch()
+    for name, script in scripts.items():
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {calls}\n{script}\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    return calls
+
+
+def half_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scancel: str) -> tuple[str, str]:
+    """An array whose second part is refused: what is said, and how Slurm was called."""
+    (tmp_path / "site.yaml").write_text("{container: apptainer exec x.sif, gpu_type: a40, runs: studies}")
+    refuses = "echo 'sbatch: error: Something new' >&2; exit 1"
+    sbatch = f'case "$*" in *--dependency*) {refuses};; *) echo 17;; esac'
+    calls = commands(tmp_path, monkeypatch, sbatch=sbatch, scancel=scancel)
+    said = refused("--array", "recipes", "--recipe", "fp32_sdpa", "--recipe", "int4_sdpa", "--time", "1h")
+    assert "Something new" in said
+    assert "Nothing was started" not in said
+    return said, calls.read_text()
+
+
+def test_half_an_array_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, calls = half_submitted(tmp_path, monkeypatch, "exit 0")
+    assert "cancelled again: 17." in said
+    assert calls.splitlines()[-1] == "scancel 17"
+    assert list((tmp_path / "studies").iterdir()) == []
+
+
+def test_half_an_array_that_stays_keeps_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job would find nothing, and nobody would find the job."""
+    said, _ = half_submitted(tmp_path, monkeypatch, "echo 'no answer' >&2; exit 1")
+    assert "still in the queue: 17." in said
+    assert "scancel says: no answer" in said
+    (study,) = (tmp_path / "studies").iterdir()
+    assert str(study) in said
+    assert (study / "slurm" / "job.sh").is_file()
+    assert Job.read(study / "fp32_sdpa").number == "17_0"
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "afile/x", "x" * 300])
+def test_a_folder_that_cannot_be_made(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "afile").touch()
+    calls = commands(tmp_path, monkeypatch, sbatch="echo 17")
+    said = refused("--recipe", "fp32_sdpa", "--gpus-per-node", "0", "--time", "1h", f"run.dir={folder}")
+    assert said.startswith(f"run.dir: nothing can be written to {(tmp_path / folder).absolute()}: ")
+    assert "`runs` in the site file" in said
+    assert "job.sh" not in calls.read_text()
+    assert (tmp_path / "afile").is_file()
+
+
+def test_a_cancel_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job goes on, and so does its starting again after a fault."""
+    queued = "echo '17|RUNNING|1:00|9:00|n1|None'"
+    calls = commands(tmp_path, monkeypatch, squeue=queued, scancel="echo 'controller is away' >&2; exit 1")
+    job = Job("17", "name", str(tmp_path / "log"), 0.0, (), 3, "sbatch")
+    job.write(tmp_path / "a")
+    assert "Job 17 cannot be cancelled. scancel says: controller is away" in refused("cancel", "a")
+    assert "scancel 17" in calls.read_text()
+    assert Job.read(tmp_path / "a") == job
+
+
 def test_logs_need_no_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Job("1", "name", str(tmp_path / "log"), 0.0, (), 3, "sbatch").write(tmp_path / "a")
     (tmp_path / "log").write_text("".join(f"line {n} [bold]\n" for n in range(20_000)))

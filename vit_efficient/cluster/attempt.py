@@ -11,6 +11,7 @@ mistake that only its user can mend, or `scancel`: not again.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,9 +22,11 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
+from vit_efficient.cli import PEER_LOST, STALLED
 from vit_efficient.cluster.record import (
     Attempt,
     Job,
+    Outcome,
     add_attempt,
     attempts,
     clear_outcomes,
@@ -35,6 +38,11 @@ from vit_efficient.errors import UserError
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 USER_ERROR = 2
+# Codes with which a process ends itself at once, so that it notes nothing.
+MEANINGS = {
+    PEER_LOST: "another process of the run died",
+    STALLED: "no progress for too long: stacks/ in the run's folder shows where",
+}
 
 
 def number_of(environment: Mapping[str, str]) -> str:
@@ -116,7 +124,6 @@ def _judge(run: Path, code: int, preempted: bool) -> tuple[int, str]:
         return 1 if code == AGAIN else code, "cancelled; not started again"  # a process may have ended with that code
     if said and said[0].kind == "mistake":
         return USER_ERROR, "stopped by a mistake that only you can mend (the message is above); not started again"
-    # The first process to end tells why: srun ends the others with a signal of its own.
     first = said[0] if said else None
     if first is not None and first.kind == "stopped":
         code = int(first.detail)
@@ -126,10 +133,16 @@ def _judge(run: Path, code: int, preempted: bool) -> tuple[int, str]:
         return AGAIN, "its nodes are taken for another job; starts again"
     if first is not None and first.kind == "stopped":
         return code, f"stopped by {signal.Signals(code - 128).name} and saved, as scancel asks; not started again"
-    why = (
-        f"{first.kind}: {first.detail.splitlines()[0][:200]}" if first and first.detail else "a process or a node died"
-    )
-    return AGAIN, f"srun ended with code {code} ({why}); starts again"
+    return AGAIN, f"srun ended with code {code} ({_why(code, first)}); starts again"
+
+
+def _why(code: int, first: Outcome | None) -> str:
+    if first is None or not first.detail:
+        return MEANINGS.get(code, "a process or a node died")
+    said = f"{first.kind}: {first.detail.splitlines()[0][:200]}"
+    if match := re.fullmatch(r"exit code (\d+)", first.detail):
+        said = ", ".join([said, *(text for number, text in MEANINGS.items() if number == int(match[1]))])
+    return said
 
 
 def follow(run: Path, number: str, environment: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vit_efficient.errors import UserError
 
@@ -30,6 +30,11 @@ VARIABLE = "VIT_EFFICIENT_JOB"  # tells the processes of a job where this folder
 # Exit codes of a process that was asked to stop, and saved.
 STOPPED = tuple(128 + int(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 _STEP = re.compile(r"step-(\d+)")
+# How a process can end, what decides first: srun ends the others with a signal, which they may take for a wish to stop.
+KINDS = ("mistake", "fault", "stopped", "done")
+# What a process says that ended because of another one: SIGTERM, which srun sends, or a code without an error.
+_FOLLOWING = re.compile(rf"{128 + signal.SIGTERM}|exit code \d+")
+T = TypeVar("T")
 
 
 def folder(run: Path) -> Path:
@@ -100,13 +105,25 @@ def attempts(run: Path) -> list[Attempt]:
     file = folder(run) / "attempts"
     if not file.is_file():
         return []
-    return [Attempt(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [attempt for line in lines if (attempt := _read(Attempt, line)) is not None]
 
 
 def add_attempt(run: Path, attempt: Attempt) -> None:
     """Note a start."""
-    with open(folder(run) / "attempts", "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
+    with open(folder(run) / "attempts", "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read() not in (b"", b"\n")  # a full disk has cut the last line: this one is not to be lost with it
+        file.write(b"\n" * torn + json.dumps(asdict(attempt)).encode() + b"\n")
+
+
+def _read(kind: type[T], text: str) -> T | None:
+    """A record out of its JSON; None where that was cut off: to know one thing less is better than to stop."""
+    try:
+        return kind(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
 
 
 def step_reached(folders: tuple[str, ...]) -> int:
@@ -119,7 +136,10 @@ def step_reached(folders: tuple[str, ...]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: ``done``, ``mistake`` (told to the user), ``stopped`` (by a signal, saved) or ``fault``."""
+    """How a process ended: ``done``, ``mistake`` (told to the user), ``stopped`` (by a signal, saved) or ``fault``.
+
+    `time` is for people: the clocks of two nodes differ by more than the ends of two processes.
+    """
 
     time: float
     kind: str
@@ -127,9 +147,10 @@ class Outcome:
 
 
 def outcomes(run: Path) -> list[Outcome]:
-    """Of the last start, the earliest first."""
-    found = [Outcome(**json.loads(file.read_text("utf-8"))) for file in (folder(run) / "outcomes").glob("[0-9]*")]
-    return sorted(found, key=lambda outcome: outcome.time)
+    """Of the last start: by kind, the one that decides first; of a kind, what tells why before what followed."""
+    files = sorted((folder(run) / "outcomes").glob("[0-9]*"), key=lambda file: (len(file.name), file.name))
+    found = [outcome for file in files if (outcome := _read(Outcome, file.read_text("utf-8"))) is not None]
+    return sorted(found, key=lambda one: (KINDS.index(one.kind), _FOLLOWING.fullmatch(one.detail) is not None))
 
 
 def note_outcome(run: Path, kind: str, detail: str, process: str = "0") -> None:

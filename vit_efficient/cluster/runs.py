@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vit_efficient.cluster import slurm
 from vit_efficient.cluster.record import Job, attempts, outcomes, step_reached, submitted_runs
-from vit_efficient.cluster.slurm import Queued
+from vit_efficient.cluster.slurm import Queued, SlurmError
 from vit_efficient.errors import UserError
 
 COLOURS = {"RUNNING": "green", "PENDING": "yellow", "FAILED": "red", "TIMEOUT": "red", "NODE_FAIL": "red"}
@@ -176,6 +176,10 @@ def cancel(runs: Sequence[Path], console: Console, pause: Callable[[float], None
             console.print(f"{name}: job {one.job.number} has ended already ({one.state}).", soft_wrap=True)
             continue
         replace(one.job, cancelled=True).write(one.run)  # first: the job looks here before it starts itself again
-        slurm.cancel(one.job.number)
+        try:
+            slurm.cancel(one.job.number)
+        except SlurmError:  # it goes on, and shall be started again after a fault as before
+            replace(Job.read(one.run), cancelled=one.job.cancelled).write(one.run)
+            raise
         kept = f"it saves and ends; go on with it later: {one.job.again}" if one.starts else "it had not begun"
         console.print(f"{name}: job {one.job.number} is cancelled; {kept}", soft_wrap=True)

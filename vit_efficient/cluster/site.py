@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
@@ -51,6 +52,17 @@ class Site(Config):
     )
     warn_seconds: PositiveInt = Field(180, description="Seconds before the time limit at which a run saves and leaves.")
     restarts: PositiveInt = Field(3, description="Restarts without progress in a row, after which a run stops.")
+
+    @field_validator("python", "runs", "scratch")
+    @classmethod
+    def _home(cls, path: str | Path | None) -> str | Path | None:
+        if path is None:
+            return None
+        # Here, not in the job: what the script quotes no shell expands.
+        expanded = os.path.expanduser(path)
+        if expanded.startswith("~"):
+            raise ValueError(f"is {str(path)!r}, and nobody knows that home folder: write the whole path")
+        return type(path)(expanded)
 
     @field_validator("sbatch", "srun")
     @classmethod
@@ -128,5 +140,8 @@ def _problem(mistake: dict[str, object], lines: dict[tuple[str, ...], int], path
         return Problem(f"site.{key[0]}", "there is no such key", origin, known, near[0] if near else "")
     message = str(mistake["msg"]).removeprefix("Value error, ")
     if mistake["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, got {json.dumps(mistake['input'])}"
+        got = json.dumps(mistake["input"])
+        message = f"{message[0].lower()}{message[1:]}, got {got}"
+        if mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], bool | int | float):
+            message += f', which YAML does not read as text: write it as "{got}"'
     return Problem("site." + ".".join(key), message, origin)

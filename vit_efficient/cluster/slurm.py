@@ -14,6 +14,7 @@ ENDED = {
     "GONE",
 }  # fmt: skip
 PATIENCE = 60  # seconds for the controller to answer
+NOTHING = " Nothing was started."  # how advice ends that follows the refusal of a job
 _FORMAT = "%i|%T|%M|%L|%N|%r"
 
 
@@ -79,12 +80,12 @@ def _advice(said: str) -> str:
     if "configuration source" in lower:
         return (
             "  Slurm's commands are here, but neither a slurm.conf nor a controller that hands one out.\n"
-            "  Submit from a login node of the cluster, or ask its administrators. Nothing was started."
+            f"  Submit from a login node of the cluster, or ask its administrators.{NOTHING}"
         )
     if "unable to contact" in lower:
         return (
             "  Its controller does not answer: it is down, or cannot be reached from here. `scontrol ping` asks it.\n"
-            "  Submit again later, or from a login node of the cluster. Nothing was started."
+            f"  Submit again later, or from a login node of the cluster.{NOTHING}"
         )
     if "partition" in lower:
         return _known("The partitions here", "%P %l", "Set `partition:` in the site file to one of them")
@@ -95,7 +96,7 @@ def _advice(said: str) -> str:
         return "  `sacctmgr show associations user=$USER` lists your accounts and their QOS; set them in the site file."
     if "time limit" in lower:
         return _known("The longest times (partition, limit)", "%P %l", "Ask for less with --time")
-    return "  Set what this cluster wants in the site file; `sbatch: ` in it adds any option. Nothing was started."
+    return f"  Set what this cluster wants in the site file; `sbatch: ` in it adds any option.{NOTHING}"
 
 
 def _known(what: str, columns: str, advice: str) -> str:

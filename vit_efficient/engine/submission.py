@@ -11,7 +11,7 @@ from vit_efficient.cluster.site import Site
 from vit_efficient.engine.base import base_recipe, given_base, has_adapters
 from vit_efficient.engine.room import find_room
 from vit_efficient.engine.rundir import ROOT, RunDir, new_path, stamp
-from vit_efficient.errors import Problem, RecipeError
+from vit_efficient.errors import Problem, RecipeError, UserError
 from vit_efficient.recipe.compat import check
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.merge import COMMAND_LINE
@@ -79,10 +79,21 @@ def plan(names: Sequence[str], overrides: Sequence[str], request: Request, site:
         home = (recipes[0].run.dir or root / study).absolute()
     folders = [home] if len(recipes) == 1 else [home / recipe.variant for recipe in recipes]
     for path in (*folders, home):
-        RunDir(path).check_new()
+        try:
+            RunDir(path).check_new()
+        except OSError as error:
+            raise unusable(path, error) from error
     planned = [_planned(recipe, path) for recipe, path in zip(recipes, folders, strict=True)]
     planned = [replace(one, note=note) for one, note in zip(planned, notes or [""] * len(planned), strict=True)]
     return (_sharing_a_base(planned) if len(planned) > 1 else planned), home
+
+
+def unusable(path: Path, error: OSError) -> UserError:
+    """The file system does not let a run have its folder there."""
+    return UserError(
+        f"run.dir: nothing can be written to {path}: {error.strerror or error}.\n"
+        "  Take another folder with run.dir=FOLDER; where runs go without it, `runs` in the site file says."
+    )
 
 
 def _asker(name: str, names: Sequence[str]) -> str:

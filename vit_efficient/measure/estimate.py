@@ -177,9 +177,19 @@ def parser() -> Parser:
     words.add_argument("--nodes", type=_number, metavar="N", help="nodes, in place of --gpus")
     words.add_argument("--gpus-per-node", type=_number, metavar="G", help="GPUs of each (1)")
     words.add_argument(
-        "--images", type=int, nargs=2, metavar=("TRAIN", "EVAL"), help="how many there are, where that is not known"
+        "--images",
+        type=_natural,
+        nargs=2,
+        metavar=("TRAIN", "EVAL"),
+        help="how many there are, where that is not known",
     )
     return words
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
 
 
 def _number(text: str) -> int:
@@ -213,11 +223,15 @@ def main(words: Sequence[str]) -> None:
         UserError: unknown recipe, GPU or key; what a recipe cannot do on such GPUs.
     """
     words = [word for word in words if word != "--estimate"]
-    for word in words:
-        name = word.partition("=")[0]
+    names = [word.partition("=")[0] for word in words]
+    for name in names:
         if name in ELSEWHERE:
             raise UserError(f"{name} is a word of submitting; with --estimate {ELSEWHERE[name]}.")
+    if names.count("--recipe") > 1:  # of which the parser would keep the last
+        raise UserError("--recipe is given more than once, and --estimate takes one recipe at a time.")
     options = parser().parse_intermixed_args(words)
+    if options.images and not options.images[0]:
+        raise UserError("--images: there is nothing to train with; TRAIN is at least 1.")
     kind = gpu_kind(options.gpu)
     shapes = _shapes(options)
     loaded = load_recipe(options.recipe, options.overrides)

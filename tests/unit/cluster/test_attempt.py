@@ -12,7 +12,7 @@ import pytest
 
 from vit_efficient.cluster import attempt
 from vit_efficient.cluster.attempt import AGAIN, begin, end, follow, number_of
-from vit_efficient.cluster.record import VARIABLE, Job, attempts, outcome_noted, outcomes, submitted_runs
+from vit_efficient.cluster.record import VARIABLE, Job, attempts, folder, outcome_noted, outcomes, submitted_runs
 from vit_efficient.errors import UserError
 
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "MASTER_ADDR": "localhost"}
@@ -91,6 +91,21 @@ def test_sharded_checkpoints_are_folders(run: Path) -> None:
     assert attempts(run)[0].step == 12
 
 
+@pytest.mark.parametrize("cut", [5, -1], ids=["in a line", "before its end"])
+def test_a_torn_line(run: Path, cut: int) -> None:
+    """The disk was full: what can be read counts, and what follows begins on a line of its own."""
+    save(run, 3)
+    begin(run, JOB)
+    file = folder(run) / "attempts"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:cut])
+    assert "start" in begin(run, JOB)
+    assert [each.step for each in attempts(run)] == [3] * (2 if cut > 0 else 3)
+    assert file.read_bytes().endswith(b"\n")
+    file.write_bytes(b"7\n\n\xff\n" + whole)  # no record, none, no text
+    assert len(attempts(run)) == 1
+
+
 def test_submitted_again_by_hand(run: Path) -> None:
     """A job number that nobody noted: a person has another go. A job that follows is the same go."""
     for _ in range(3):
@@ -130,10 +145,13 @@ def test_an_address_that_nobody_knows(run: Path) -> None:
         ([UserError("no data"), SystemExit(143)], 143, False, 2, "a mistake"),
         ([RuntimeError("CUDA error")], 143, False, AGAIN, "RuntimeError: CUDA error"),
         # one that noticed that another had died, and left with a code of its own
-        ([SystemExit(75), SystemExit(143)], 143, False, AGAIN, "exit code 75"),
+        ([SystemExit(75), SystemExit(143)], 143, False, AGAIN, "exit code 75, another process of the run died"),
+        # the watchdog ends a process at once, so that only srun's code tells
+        ([], 75, False, AGAIN, "code 75 (another process of the run died)"),
+        ([], 76, False, AGAIN, "code 76 (no progress for too long"),
         # processes that were killed say nothing
-        ([], 137, False, AGAIN, "died"),
-        ([], 143, False, AGAIN, "died"),
+        ([], 137, False, AGAIN, "a process or a node died"),
+        ([], 143, False, AGAIN, "a process or a node died"),
     ],
 )
 def test_again_or_not(
@@ -143,6 +161,40 @@ def test_again_or_not(
     for process, error in enumerate(ended):
         leave(run, process, error)
     found, line = end(run, code, preempted=preempted)
+    assert found == expected
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "expected", "said"),
+    [
+        (SystemExit(143), RuntimeError("CUDA error"), AGAIN, "RuntimeError: CUDA error"),
+        (SystemExit(143), SystemExit(75), AGAIN, "exit code 75"),
+        (SystemExit(143), UserError("no data"), 2, "a mistake"),
+        (RuntimeError("connection closed"), UserError("no data"), 2, "a mistake"),
+        (SystemExit(75), RuntimeError("CUDA error"), AGAIN, "RuntimeError: CUDA error"),
+        (None, RuntimeError("CUDA error"), AGAIN, "RuntimeError: CUDA error"),
+        (SystemExit(143), SystemExit(138), AGAIN, "its time ends"),
+    ],
+)
+@pytest.mark.parametrize("late", [0.7, -0.7])
+@pytest.mark.parametrize("order", [(0, 10), (10, 0)])
+def test_no_clock_decides(
+    run: Path,
+    first: BaseException | None,
+    then: BaseException,
+    expected: int,
+    said: str,
+    late: float,
+    order: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two nodes' clocks differ: what ended a run is known by its kind, whatever the stamps, and whichever rank."""
+    begin(run, JOB)
+    for process, error, stamp in zip(order, (first, then), (100.0, 100.0 + late), strict=True):
+        monkeypatch.setattr("vit_efficient.cluster.record.time.time", lambda stamp=stamp: stamp)
+        leave(run, process, error)
+    found, line = end(run, 143, preempted=False)
     assert found == expected
     assert said in line
 

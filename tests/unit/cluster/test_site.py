@@ -49,6 +49,31 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     assert "'MY VAR'" in found["site.environment"].message
 
 
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell would read them; the script quotes them."""
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "runs: ~/runs\npython: ~/venv/bin/python\nscratch: ~/$USER/tmp\n"
+    site, _, problems = read_site(write(tmp_path, text))
+    assert problems == []
+    assert (site.runs, site.python) == (Path("/home/me/runs"), "/home/me/venv/bin/python")
+    assert site.scratch == "/home/me/$USER/tmp"
+    assert read_site(write(tmp_path, "runs: a~/b"))[0].runs == Path("a~/b")
+    (problem,) = read_site(write(tmp_path, "python: ~no-such-user/bin/python"))[2]
+    assert "'~no-such-user/bin/python', and nobody knows that home folder" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("partition: 5", "5"), ("memory: 0", "0"), ("environment: {A: 1}", "1"), ("environment: {A: true}", "true"),
+     ("sbatch: [7]", "7"), ("runs: 2026", "2026"), ("python: 3.12", "3.12")],
+)  # fmt: skip
+def test_what_yaml_takes_for_a_number(tmp_path: Path, text: str, got: str) -> None:
+    (problem,) = read_site(write(tmp_path, text))[2]
+    assert f'got {got}, which YAML does not read as text: write it as "{got}"' in problem.message
+    (problem,) = read_site(write(tmp_path, "partition: [a]"))[2]
+    assert "write it as" not in problem.message
+
+
 @pytest.mark.parametrize(
     ("text", "said"), [("a: [", "is not valid YAML"), ("- 1\n", "must be a mapping"), ("", None), ("# none\n", None)]
 )

@@ -222,6 +222,11 @@ def test_mistakes_are_named() -> None:
         (["--site=a.yaml"], r"--site is a word of submitting; .* name the GPUs with --gpu"),
         (["--partition", "x"], r"there is no option --partition\n"),
         (["--gpus", "1,x"], r"'x' is no number of GPUs"),
+        (["--images", "-5", "10"], r"--images: '-5' is not a number of at least 0"),
+        (["--images", "5", "-10"], r"--images: '-10' is not a number of at least 0"),
+        (["--images", "0", "10"], r"--images: .* TRAIN is at least 1"),
+        (["--recipe", "int8_sdpa"], r"--recipe is given more than once"),
+        (["--recipe=int8_sdpa"], r"--recipe is given more than once"),
         (["strategy.accelerator=cpu"], r"predicts for GPUs"),
     ):
         with pytest.raises(UserError, match=said):
