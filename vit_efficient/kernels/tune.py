@@ -25,7 +25,16 @@ import torch
 from vit_efficient.cli import Parser, run_command
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.capability import lacks_triton
-from vit_efficient.kernels.cases import FORMS, INT4_FORMS, OPS, block_layers, forms_of, linear_case, tile_name
+from vit_efficient.kernels.cases import (
+    FORMS,
+    INT4_FORMS,
+    OPS,
+    block_layers,
+    check_heads,
+    forms_of,
+    linear_case,
+    tile_name,
+)
 from vit_efficient.kernels.timing import time_in_turn
 from vit_efficient.kernels.tuning import Shape, Tile, chip_of, choose, forced, keep
 
@@ -64,7 +73,18 @@ class Case(NamedTuple):
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What was asked for: the shapes named, in the forms named, or the layers of a block in the forms models call."""
+    """What was asked for: the shapes named, in the forms named, or the layers of a block in the forms models call.
+
+    Raises:
+        UserError: a form that an operator lacks, or outputs that are not whole heads.
+    """
+    wanted = _cases(options)
+    for case in wanted:
+        check_heads(case.form, case.shape)
+    return wanted
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
     if not options.shapes:
         return [
             Case(op, form, layer.shape, options.tokens)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vit_efficient.cli import Parser, run_command
 from vit_efficient.errors import UserError
-from vit_efficient.kernels.cases import INT4_GROUP, OPS, block_layers, codes, linear_case
+from vit_efficient.kernels.cases import INT4_GROUP, OPS, block_layers, check_heads, codes, linear_case
 from vit_efficient.kernels.layernorm_quant import op as norms
 from vit_efficient.kernels.quantize import op as quantization
 from vit_efficient.kernels.timing import time_in_turn
@@ -160,6 +160,19 @@ def groups(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
         yield f"rows, {batch} images", partial(row_lines, *sizes[:3], options.repetitions, device)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse sizes that a form cannot have.
+
+    Raises:
+        UserError: a width that is not whole heads.
+    """
+    if options.shapes == "block":
+        for op in options.op:
+            for layer in block_layers(op, 1, options.tokens, options.width, options.hidden).values():
+                for form in layer.forms:
+                    check_heads(form, layer.shape)
+
+
 def parser() -> Parser:
     """The command line."""
     words = Parser(
@@ -184,6 +197,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: measure, print, and keep the figures as plain values."""
     options = parser().parse_args(arguments)
+    check(options)
     if not torch.cuda.is_available():
         raise UserError("kernels are timed on a GPU, and there is no CUDA device here.")
     device = torch.device("cuda", torch.cuda.current_device())

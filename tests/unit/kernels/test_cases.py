@@ -117,6 +117,15 @@ def test_the_tuner_takes_named_shapes() -> None:
         tune.cases(tune.parser().parse_args(words))
 
 
+def test_outputs_that_are_not_whole_heads_are_refused() -> None:
+    for words in (["--width", "224"], ["--forms", "plain", "heads", "--shapes", "6x64x672"]):
+        with pytest.raises(UserError, match="672 outputs are not queries, keys and values of heads that are 64 wide"):
+            tune.cases(tune.parser().parse_args(words))
+    assert tune.cases(tune.parser().parse_args(["--width", "224", "--op", "int4_linear"]))
+    with pytest.raises(UserError, match="heads_quant at 6x64x672"):
+        linear_case("int8_linear", "heads_quant", Shape(6, 64, 672), CPU)
+
+
 def test_tiles_are_kept_under_the_names_that_kernels_look_up() -> None:
     assert tile_name("int8_linear", "gelu") == "int8_linear.gelu"
     assert tile_name("int4_linear", "token") == "int4_linear"
