@@ -58,8 +58,9 @@ def quantize_model(
         model: with trained weights, of one floating dtype; (B, 3, S, S) to (B, classes).
         recipe: a shipped recipe by name (``int8_sdpa``, ``fp8_sdpa``, ``int4_group_sdpa``), the path of a recipe file,
             a `Recipe`, the configuration of a quantization, or a mapping of that (``{"name": "int8", "activations":
-            "static"}``; or with sections ``quantization`` and ``attention``). Only these two sections are read, and the
-            model's own dtype takes the place of ``precision``. Adapters are for training: they are left out.
+            "static"}``; or, without a ``name``, with sections ``quantization`` and ``attention``). Only these two
+            sections are read, and the model's own dtype takes the place of ``precision``. Adapters are for training:
+            they are left out.
         calibration: images as the model takes them, for schemes that need them: one tensor (B, 3, S, S), or batches
             such as a data loader gives (tensors, or tuples that begin with one). As many are taken as the recipe's
             ``calibration.samples`` says; at least 16.
@@ -115,7 +116,9 @@ def _sections(recipe: Any) -> tuple[Any, AttentionBackendConfig]:
     if isinstance(recipe, Recipe):
         quantization, attention = recipe.quantization, recipe.attention
     elif isinstance(recipe, Mapping):
-        content = recipe if set(recipe) & set(SECTIONS) else {"quantization": recipe}
+        # A quantization has a key `attention` of its own, and a name beside it, which sections have not.
+        has_sections = "name" not in recipe and bool(set(recipe) & set(SECTIONS))
+        content = recipe if has_sections else {"quantization": recipe}
         if strangers := [key for key in content if key not in SECTIONS]:
             raise RecipeError([Problem(key, "is not read here", allowed=", ".join(SECTIONS)) for key in strangers])
         quantization = _validated(QuantizationConfig, "quantization", content.get("quantization", {"name": "none"}))

@@ -69,6 +69,13 @@ def test_recipes_in_all_forms(recipe: Any, bound: float | None) -> None:
     assert not any(isinstance(module, DeployedInt8) for module in model.modules())
 
 
+@pytest.mark.parametrize("scheme", [{"name": "int8", "attention": "dynamic"}, {"name": "fp8", "attention": "fp8"}])
+def test_the_attention_of_a_quantization_is_no_section(scheme: dict[str, str]) -> None:
+    alone, in_a_section = quantize_model(small(), scheme), quantize_model(small(), {"quantization": scheme})
+    assert alone(images()).equal(in_a_section(images()))
+    assert not alone(images()).equal(quantize_model(small(), {"name": scheme["name"]})(images()))
+
+
 def test_a_recipe_object_and_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("protocol: digits\nattention: sdpa\nquantization: {name: int8, weights: tensor}\n")
