@@ -47,6 +47,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}\n{self.format_usage().strip()}\n`{self.prog} --help` explains them.")
 
 
+def above_zero(text: str) -> int:
+    """The type of a word that counts something: a whole number above 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def base_parser(command: str, description: str, *, several: bool = False, required: bool = True) -> Parser:
     """The words that commands on a recipe have in common; parse with `parse_intermixed_args`.
 

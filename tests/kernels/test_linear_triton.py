@@ -102,6 +102,67 @@ def test_the_product(rows: int, size: tuple[int, int], form: str, device: torch.
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("one_row_scale", [False, True])
+def test_one_scale_in_all_on_either_side(one_row_scale: bool, form: str, device: torch.device) -> None:
+    for size in SIZES:
+        one = layer(form, 63, *size, device)
+        one = one._replace(scale=one.scale[:1]) if one_row_scale else one._replace(weight_scale=one.weight_scale[:1])
+        found = launch.linear(*one, False, torch.float32, False)
+        check(found, one.product(), exact=form == "int8")
+        given = torch.tensor([0.0213], device=device)
+        codes, scales = launch.linear_quant(*one, False, given, form, False)
+        expected, expected_scales = reference.requantized(one.product(), one.scale, given, form)
+        check_codes(codes, expected, least=1.0 if form == "int8" else 0.999)
+        close_scales(scales, expected_scales, exact=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_bias_of_16_bits(dtype: torch.dtype, form: str, device: torch.device) -> None:
+    for size in SIZES:
+        one = layer(form, 63, *size, device)
+        one = one._replace(bias=one.bias.to(dtype))  # type: ignore[union-attr]
+        check(launch.linear(*one, False, torch.float32, False), one.product(), exact=form == "int8")
+        residual, gamma = torch.randn(63, size[1], device=device), torch.randn(size[1], device=device).to(dtype)
+        found = launch.linear_residual(*one, residual, gamma, False)
+        check(found, reference.with_residual(one.product(), residual, gamma), exact=form == "int8")
+
+
+@pytest.mark.parametrize("rows", TOKENS)
+def test_fast_sums(rows: int, device: torch.device) -> None:
+    """On a CPU they are full ones; the program is another."""
+    scale, dtype = torch.tensor([0.0213], device=device), DTYPES[-1]
+    for size in SIZES:
+        one = layer("fp8", rows, *size, device)
+        check(launch.linear(*one, False, dtype, True), one.product().to(dtype), exact=False)
+        residual = torch.randn(rows, size[1], device=device).to(dtype)
+        found = launch.linear_residual(*one, residual, None, True)
+        check(found, reference.with_residual(one.product(), residual, None), exact=False)
+        codes, scales = launch.linear_quant(*one, True, scale, "fp8", True)
+        y = launch.linear(*one, True, torch.float32, True)  # the same sums
+        expected, expected_scales = reference.requantized(y, one.scale, scale, "fp8")
+        check_codes(codes, expected, least=0.98)
+        close_scales(scales, expected_scales, exact=True)
+    one = layer("fp8", rows, 64, 96, device)
+    y = reference.heads_first(one.product(), rows, 1, 3)
+    check(launch.linear_heads(*one, rows, 1, 3, dtype, True), y.to(dtype), exact=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_codes_of_four_bits(gelu: bool, form: str, device: torch.device) -> None:
+    scale = torch.tensor([0.213], device=device)
+    for size in SIZES:
+        one = layer(form, 63, *size, device)
+        y = launch.linear(*one, gelu, torch.float32, False)  # the same sums, which other tests hold to the definition
+        codes, scales = launch.linear_quant(*one, gelu, scale, "int4", False)
+        expected, expected_scales = reference.requantized(y, one.scale, scale, "int4")
+        assert codes.max() == 7
+        check_codes(codes, expected, least=0.999)
+        close_scales(scales, expected_scales, exact=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_output_is_written(form: str, device: torch.device) -> None:
     one = layer(form, 197, 64, 90, device)
     for fill in (float("nan"), 7.0):

@@ -171,7 +171,7 @@ def test_the_norm_and_the_sum(count: int, affine: bool, gamma: bool, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("count", ROWS)
 def test_the_norm_ends_in_codes(count: int, static: bool, form: str, dtype: torch.dtype, device: torch.device) -> None:

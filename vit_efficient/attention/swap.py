@@ -34,8 +34,7 @@ def swap_attention(model: nn.Module, backend: AttentionBackend) -> int:
         UserError: the model has an attention that is not known here, or none at all.
         CapabilityError: the backend cannot add the position bias that this model has.
     """
-    found = [(name, module) for name, module in model.named_modules() if name and _attends(module)]
-    _check_known(found, model)
+    found = known_attention(model)
     swapped = {name: _replacement(module, backend) for name, module in found}
     for name, module in swapped.items():
         if module.needs_bias and not backend.takes_bias:
@@ -63,7 +62,13 @@ def _attends(module: nn.Module) -> bool:
     )
 
 
-def _check_known(found: list[tuple[str, nn.Module]], model: nn.Module) -> None:
+def known_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every attention of a model, by name.
+
+    Raises:
+        UserError: the model has one that is not known here, or none at all.
+    """
+    found = [(name, module) for name, module in model.named_modules() if name and _attends(module)]
     for name, module in found:
         if not isinstance(module, BackendAttention) and type(module) not in REPLACEMENTS:
             known = ", ".join(sorted({original.__name__ for original in REPLACEMENTS}))
@@ -76,6 +81,7 @@ def _check_known(found: list[tuple[str, nn.Module]], model: nn.Module) -> None:
             f"{type(model).__name__} has no attention, so there is nothing for `attention` to act on. "
             "Take a Vision Transformer as `model.name`."
         )
+    return found
 
 
 def _replacement(module: nn.Module, backend: AttentionBackend) -> BackendAttention:

@@ -103,7 +103,8 @@ def load_file(path: Path, *, attention: AttentionConfig | None = None) -> Deploy
     source = json.loads(description.pop("source", "null"))
     if attention is not None:
         recipe = recipe.model_copy(update={"attention": attention})
-    config = recipe.model.model_copy(update={"weights": None})
+    # Nothing is dropped in evaluation, and a mask has no hooks, which `torch.export` in strict mode cannot trace.
+    config = recipe.model.model_copy(update={"weights": None, "stochastic_depth": "mask"})
     model, image, _ = build_plain(config, recipe, len(class_names))
     parameters = sum(p.numel() for p in model.parameters())
     load_deployed(model, tensors, description)

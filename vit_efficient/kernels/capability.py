@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -41,6 +42,33 @@ def lacks_fp8(device: torch.device) -> str | None:
     if (major, minor) < FIRST_WITH_FP8:
         return f"sm_{major}{minor} has no fp8 matrix units (they came with sm_89, Ada and Hopper; Ampere has none)."
     return lacks_triton(device)
+
+
+def check_operands(
+    q_BHNE: Tensor, k_BHME: Tensor, v_BHMF: Tensor, *scales: tuple[str, Tensor, Tensor | None], what: str
+) -> None:
+    """Refuse queries, keys and values of attention that do not fit each other; kernels would read beyond them.
+
+    Args:
+        scales: a word for the operand, the operand (B, H, tokens, width), and its scales: None, one number, or one a
+            token and head.
+
+    Raises:
+        ValueError: other batches, heads or lengths.
+    """
+    shapes = [tuple(x.shape) for x in (q_BHNE, k_BHME, v_BHMF)]
+    if any(len(shape) != 4 for shape in shapes):
+        raise ValueError(f"{what}: queries, keys and values are {shapes}; wanted are (batch, heads, tokens, width)")
+    q, k, v = shapes
+    if q[:2] != k[:2] or k[:3] != v[:3] or q[3] != k[3]:
+        raise ValueError(
+            f"{what}: queries are {q}, keys {k} and values {v}. All must have the same batch and heads, keys and "
+            "values one length, queries and keys one width."
+        )
+    for name, x, scale in scales:
+        # A product, since a compiler that does not know the number of images cannot compare it with 1.
+        if scale is not None and (scale.numel() - 1) * (scale.numel() - math.prod(x.shape[:-1])) != 0:
+            raise ValueError(f"{what}: {name} are {tuple(x.shape)} and their scales {tuple(scale.shape)}")
 
 
 def too_wide(what: str, *tensors: Tensor) -> str | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vit_efficient.errors import UserError
 from vit_efficient.kernels.formats import FORMATS
 from vit_efficient.kernels.int4_linear.op import int4_linear
 from vit_efficient.kernels.int4_linear.reference import Activations
@@ -20,6 +21,7 @@ from vit_efficient.kernels.tuning import Shape
 OPS = ("int8_linear", "fp8_linear", "fp8_linear_fast", "int4_linear")
 FORMS = ("plain", "gelu", "gelu_quant", "quant", "residual", "heads", "heads_quant")
 INT4_FORMS = ("plain", "token")  # bfloat16 activations; int8 ones, quantized in the call
+HEAD_WIDTH = 64
 INT4_GROUP = 64  # inputs that share a scale and a zero point, as in the recipe int4_group_sdpa
 
 
@@ -68,6 +70,20 @@ def block_layers(operator: str, batch: int, tokens: int, width: int, hidden: int
     }
 
 
+def check_heads(form: str, shape: Shape, head_width: int = HEAD_WIDTH) -> None:
+    """Refuse a shape whose outputs are not whole heads, where a form lays out heads.
+
+    Raises:
+        UserError: it is such a shape.
+    """
+    if form.startswith("heads") and (shape.outputs < 1 or shape.outputs % (3 * head_width)):
+        raise UserError(
+            f"{form} at {shape}: {shape.outputs} outputs are not queries, keys and values of heads that are "
+            f"{head_width} wide. Take a multiple of {3 * head_width} outputs (a --width that is a multiple of "
+            f"{head_width})."
+        )
+
+
 def linear_case(
     operator: str,
     form: str,
@@ -75,7 +91,7 @@ def linear_case(
     device: torch.device,
     *,
     tokens: int | None = None,
-    head_width: int = 64,
+    head_width: int = HEAD_WIDTH,
     smoothed: bool = False,
 ) -> Callable[[], object]:
     """A call of one form at one shape, scales a row and a column, bias, bfloat16 where it is not codes.
@@ -92,6 +108,7 @@ def linear_case(
     """
     if form not in forms_of(operator):
         raise ValueError(f"{operator} has no form {form!r}; it has {', '.join(forms_of(operator))}")
+    check_heads(form, shape, head_width)
     if operator == "int4_linear":
         return _int4_case(form, shape, device)
     kind = operator.partition("_")[0]

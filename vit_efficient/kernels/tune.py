@@ -22,10 +22,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vit_efficient.cli import Parser, run_command
+from vit_efficient.cli import Parser, above_zero, run_command
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.capability import lacks_triton
-from vit_efficient.kernels.cases import FORMS, INT4_FORMS, OPS, block_layers, forms_of, linear_case, tile_name
+from vit_efficient.kernels.cases import (
+    FORMS,
+    INT4_FORMS,
+    OPS,
+    block_layers,
+    check_heads,
+    forms_of,
+    linear_case,
+    tile_name,
+)
 from vit_efficient.kernels.timing import time_in_turn
 from vit_efficient.kernels.tuning import Shape, Tile, chip_of, choose, forced, keep
 
@@ -64,7 +73,18 @@ class Case(NamedTuple):
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What was asked for: the shapes named, in the forms named, or the layers of a block in the forms models call."""
+    """What was asked for: the shapes named, in the forms named, or the layers of a block in the forms models call.
+
+    Raises:
+        UserError: a form that an operator lacks, or outputs that are not whole heads.
+    """
+    wanted = _cases(options)
+    for case in wanted:
+        check_heads(case.form, case.shape)
+    return wanted
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
     if not options.shapes:
         return [
             Case(op, form, layer.shape, options.tokens)
@@ -165,11 +185,11 @@ def parser() -> Parser:
         help="what follows the product (default: as in a block)",
     )
     words.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", help="with --forms: rows, inputs, outputs")
-    words.add_argument("--batch", nargs="+", type=int, default=[256], help="images (default 256)")
-    words.add_argument("--tokens", type=int, default=197, help="of an image (default 197)")
-    words.add_argument("--width", type=int, default=1024, help="of the model (default 1024)")
-    words.add_argument("--hidden", type=int, default=4096, help="of its MLP (default 4096)")
-    words.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that compile")
+    words.add_argument("--batch", nargs="+", type=above_zero, default=[256], help="images (default 256)")
+    words.add_argument("--tokens", type=above_zero, default=197, help="of an image (default 197)")
+    words.add_argument("--width", type=above_zero, default=1024, help="of the model (default 1024)")
+    words.add_argument("--hidden", type=above_zero, default=4096, help="of its MLP (default 4096)")
+    words.add_argument("--processes", type=above_zero, default=min(8, os.cpu_count() or 1), help="that compile")
     words.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures to this file")
     return words
 
@@ -179,6 +199,8 @@ def _shape(text: str) -> Shape:
         rows, inputs, outputs = (int(part) for part in text.split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is no MxKxN, such as 50432x1024x4096") from None
+    if min(rows, inputs, outputs) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a number that is not above 0")
     return Shape(rows, inputs, outputs)
 
 

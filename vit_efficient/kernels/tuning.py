@@ -6,7 +6,8 @@ Looked up in this order, so a first call never measures anything:
 2. this machine's file, `$VIT_EFFICIENT_CACHE/tiles-v1/CHIP.json`, which `vit_efficient.kernels.tune` writes;
 3. the shipped table `tiles.json` under the chip's name (measured there);
 4. the shipped table under its architecture, `sm_90`, `sm_89` or `sm_80` (chosen from what the architecture offers, not
-   measured); an architecture that is not listed takes the one before it.
+   measured); an architecture that is not listed takes the one before it, and sm_12x, whose programs have as little
+   shared memory, sm_89's.
 
 An entry serves the shape that it names, every shape within a range of rows and outputs, or any:
 
@@ -38,6 +39,7 @@ from vit_efficient.errors import UserError
 from vit_efficient.machine import cache_dir
 
 SHIPPED = "tiles.json"
+CONSUMER = 120  # sm_12x: shared memory and matrix instructions as of sm_89, and not as of sm_90 or sm_100
 NEAR = 1.5  # factor in rows within which a measured tile serves another shape
 
 
@@ -165,7 +167,9 @@ def _tightest(entries: list[dict[str, Any]], shape: Shape) -> dict[str, Any] | N
 
 
 def _listed(architecture: str, shipped: dict[str, Any]) -> str:
-    """The newest architecture of the table that is not newer than this one."""
+    """The newest architecture of the table that is not newer than this one; of those with its shared memory."""
+    if CONSUMER <= _number(architecture) < CONSUMER + 10:
+        return "sm_89"
     known = sorted((name for name in shipped if name.startswith("sm_")), key=_number)
     return max((name for name in known if _number(name) <= _number(architecture)), key=_number, default=known[0])
 

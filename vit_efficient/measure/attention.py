@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vit_efficient.attention import reference
-from vit_efficient.cli import Parser, run_command
+from vit_efficient.cli import Parser, above_zero, run_command
 from vit_efficient.errors import UserError
 from vit_efficient.kernels.capability import lacks_triton
 from vit_efficient.kernels.timing import Timed, time_in_turn
@@ -134,9 +134,9 @@ def parser() -> Parser:
     words.add_argument(
         "--shapes", nargs="+", default=["vit"], metavar="SET|NxB", help="vit (default), qattn, or tokens x images"
     )
-    words.add_argument("--heads", nargs="+", type=int, default=[16], help="of the attention (default 16)")
-    words.add_argument("--width", type=int, default=64, help="of a head (default 64)")
-    words.add_argument("--repetitions", type=int, default=30, help="of each (default 30)")
+    words.add_argument("--heads", nargs="+", type=above_zero, default=[16], help="of the attention (default 16)")
+    words.add_argument("--width", type=above_zero, default=64, help="of a head (default 64)")
+    words.add_argument("--repetitions", type=above_zero, default=30, help="of each (default 30)")
     words.add_argument("--tune", action="store_true", help="measure tiles first, and keep the best on this machine")
     words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file, as they come")
     return words

@@ -84,14 +84,14 @@ def cases(words: Sequence[str], heads: Sequence[int], width: int) -> list[Case]:
     """The shapes that were asked for, with each number of heads.
 
     Raises:
-        UserError: a word is neither a set nor NxB.
+        UserError: a word is neither a set nor NxB, both above 0.
     """
     shapes: list[tuple[int, int]] = []
     for word in words:
         tokens, cross, images = word.partition("x")
         if word in SETS:
             shapes += SETS[word]
-        elif cross and tokens.isdecimal() and images.isdecimal():
+        elif cross and tokens.isdecimal() and images.isdecimal() and int(tokens) * int(images):
             shapes.append((int(tokens), int(images)))
         else:
             raise UserError(f"--shapes {word}: neither {' nor '.join(SETS)} nor tokens x images, such as 1370x64.")

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vit_efficient.cli import Parser, run_command
+from vit_efficient.cli import Parser, above_zero, run_command
 from vit_efficient.errors import UserError
-from vit_efficient.kernels.cases import INT4_GROUP, OPS, block_layers, codes, linear_case
+from vit_efficient.kernels.cases import INT4_GROUP, OPS, block_layers, check_heads, codes, linear_case
 from vit_efficient.kernels.layernorm_quant import op as norms
 from vit_efficient.kernels.quantize import op as quantization
 from vit_efficient.kernels.timing import time_in_turn
@@ -160,6 +160,19 @@ def groups(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
         yield f"rows, {batch} images", partial(row_lines, *sizes[:3], options.repetitions, device)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse sizes that a form cannot have.
+
+    Raises:
+        UserError: a width that is not whole heads.
+    """
+    if options.shapes == "block":
+        for op in options.op:
+            for layer in block_layers(op, 1, options.tokens, options.width, options.hidden).values():
+                for form in layer.forms:
+                    check_heads(form, layer.shape)
+
+
 def parser() -> Parser:
     """The command line."""
     words = Parser(
@@ -172,11 +185,11 @@ def parser() -> Parser:
         "(default), or the products of QAttn's figure 1, which need no other word",
     )  # fmt: skip
     words.add_argument("--op", nargs="+", choices=OPS, default=["int8_linear"], help="operators (default int8_linear)")
-    words.add_argument("--batch", nargs="+", type=int, default=[256], help="images (default 256)")
-    words.add_argument("--tokens", type=int, default=197, help="of an image (default 197)")
-    words.add_argument("--width", type=int, default=1024, help="of the model (default 1024)")
-    words.add_argument("--hidden", type=int, default=4096, help="of its MLP (default 4096)")
-    words.add_argument("--repetitions", type=int, default=30, help="of each (default 30)")
+    words.add_argument("--batch", nargs="+", type=above_zero, default=[256], help="images (default 256)")
+    words.add_argument("--tokens", type=above_zero, default=197, help="of an image (default 197)")
+    words.add_argument("--width", type=above_zero, default=1024, help="of the model (default 1024)")
+    words.add_argument("--hidden", type=above_zero, default=4096, help="of its MLP (default 4096)")
+    words.add_argument("--repetitions", type=above_zero, default=30, help="of each (default 30)")
     words.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures to this file, as they come")
     return words
 
@@ -184,6 +197,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: measure, print, and keep the figures as plain values."""
     options = parser().parse_args(arguments)
+    check(options)
     if not torch.cuda.is_available():
         raise UserError("kernels are timed on a GPU, and there is no CUDA device here.")
     device = torch.device("cuda", torch.cuda.current_device())

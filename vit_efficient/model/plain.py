@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vit_efficient.attention.base import AttentionBackendConfig
 from vit_efficient.attention.config import AttentionConfig
 from vit_efficient.attention.sdpa import SdpaConfig
-from vit_efficient.attention.swap import head_widths, swap_attention
+from vit_efficient.attention.swap import head_widths, known_attention, swap_attention
 from vit_efficient.config import Config
 from vit_efficient.errors import CapabilityError, Problem, RecipeError, UserError
 from vit_efficient.machine import detect
@@ -58,8 +58,9 @@ def quantize_model(
         model: with trained weights, of one floating dtype; (B, 3, S, S) to (B, classes).
         recipe: a shipped recipe by name (``int8_sdpa``, ``fp8_sdpa``, ``int4_group_sdpa``), the path of a recipe file,
             a `Recipe`, the configuration of a quantization, or a mapping of that (``{"name": "int8", "activations":
-            "static"}``; or with sections ``quantization`` and ``attention``). Only these two sections are read, and the
-            model's own dtype takes the place of ``precision``. Adapters are for training: they are left out.
+            "static"}``; or, without a ``name``, with sections ``quantization`` and ``attention``). Only these two
+            sections are read, and the model's own dtype takes the place of ``precision``. Adapters are for training:
+            they are left out.
         calibration: images as the model takes them, for schemes that need them: one tensor (B, 3, S, S), or batches
             such as a data loader gives (tensors, or tuples that begin with one). As many are taken as the recipe's
             ``calibration.samples`` says; at least 16.
@@ -70,16 +71,20 @@ def quantize_model(
         The quantized model; `model` itself if `inplace`.
 
     Raises:
-        UserError: no Vision Transformer with known attention, one that is quantized or compiled already, a recipe that
-            quantizes nothing, weights with a NaN; for a scheme that needs calibration images: none, too few, or images
-            that the model does not take.
+        UserError: no Vision Transformer with known attention, one that is quantized or compiled already or whose blocks
+            are not in `blocks` (unless `fuse` is False), a recipe that quantizes nothing, weights with a NaN; for a
+            scheme that needs calibration images: none, too few, or images that the model does not take.
         RecipeError: no such recipe, or mistakes in it.
         CapabilityError: the device cannot run it.
     """
     quantization, attention = _sections(recipe)
-    _check(model, quantization, calibration)
+    fuse = fuse and quantization.name in ("int8", "fp8")
+    _check(model, quantization, calibration, fuse)
     dtype, device = _one_dtype(model), next(model.parameters()).device
     _check_device(device, dtype, quantization, attention, model)
+    config = getattr(quantization, "calibration", None) or CalibrationConfig()
+    batches = None if calibration is None else _batches(calibration, config.samples, model)
+    # Up to here nothing has changed.
     if not inplace:
         model = copy.deepcopy(model)
     model.eval().requires_grad_(False).float()  # codes are chosen in float32
@@ -87,18 +92,16 @@ def quantize_model(
     swap_attention(model, SdpaConfig().build())  # which runs in float32 too
     report = quantization.apply(model, compute_dtype=dtype)
     lines = report.lines()
-    if getattr(quantization, "needs_calibration", False):
-        assert calibration is not None, "checked above"
-        config = getattr(quantization, "calibration", None) or CalibrationConfig()
+    if batches is not None:
         with torch.autocast(device.type, enabled=False), torch.enable_grad():
-            lines += calibrate(model, _batches(calibration, config.samples, model), config).lines()
+            lines += calibrate(model, batches, config).lines()
     quantization.finalize(model)
     if getattr(quantization, "attention", "none") == "none":
         swap_attention(model, attention.build())
     model.to(dtype).eval().requires_grad_(False)
     for line in lines:
         logger.info(line)
-    if fuse and quantization.name in ("int8", "fp8"):
+    if fuse:
         fused = fuse_blocks(model)
         logger.info(fused.count())
         for line in fused.reasons():
@@ -111,11 +114,13 @@ def quantize_model(
 def _sections(recipe: Any) -> tuple[Any, AttentionBackendConfig]:
     """The quantization and the attention that were asked for."""
     if isinstance(recipe, str):
-        recipe = load_recipe(recipe).recipe
+        recipe = _loaded(recipe)
     if isinstance(recipe, Recipe):
         quantization, attention = recipe.quantization, recipe.attention
     elif isinstance(recipe, Mapping):
-        content = recipe if set(recipe) & set(SECTIONS) else {"quantization": recipe}
+        # A quantization has a key `attention` of its own, and a name beside it, which sections have not.
+        has_sections = "name" not in recipe and bool(set(recipe) & set(SECTIONS))
+        content = recipe if has_sections else {"quantization": recipe}
         if strangers := [key for key in content if key not in SECTIONS]:
             raise RecipeError([Problem(key, "is not read here", allowed=", ".join(SECTIONS)) for key in strangers])
         quantization = _validated(QuantizationConfig, "quantization", content.get("quantization", {"name": "none"}))
@@ -137,6 +142,20 @@ def _sections(recipe: Any) -> tuple[Any, AttentionBackendConfig]:
     return quantization, attention
 
 
+def _loaded(recipe: str) -> Recipe:
+    """A recipe by name or path; mistakes in that are of this call's argument, and not of a command line."""
+    try:
+        return load_recipe(recipe).recipe
+    except RecipeError as error:
+        problems = [
+            replace(problem, path="recipe", message=problem.message.partition(": write `--recipe")[0])
+            if problem.path == "--recipe"
+            else problem
+            for problem in error.problems
+        ]
+        raise RecipeError(problems) from None
+
+
 def _validated(kind: Any, section: str, content: Any) -> Any:
     if isinstance(content, Config):
         return content
@@ -152,7 +171,11 @@ def _validated(kind: Any, section: str, content: Any) -> Any:
         raise RecipeError(rewrite(error, {section: given}, lambda path: "", under=(section,))) from None
 
 
-def _check(model: nn.Module, quantization: Any, calibration: Images | None) -> None:
+def _check(model: nn.Module, quantization: Any, calibration: Images | None, fuse: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"quantize_model: `model` is a {type(model).__name__}; give a Vision Transformer of timm.")
+    if next(model.parameters(), None) is None:
+        raise UserError(f"quantize_model: `model`, a {type(model).__name__}, has no parameters to quantize.")
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise UserError("quantize_model: the model is compiled. Quantize it first, then compile the result.")
     for name, module in model.named_modules():
@@ -162,6 +185,12 @@ def _check(model: nn.Module, quantization: Any, calibration: Images | None) -> N
         raise UserError(
             f"quantize_model: `{broken}` holds a NaN or an infinity, so the model answers nothing. Check the weights "
             "that were loaded into it."
+        )
+    known_attention(model)
+    if fuse and not isinstance(getattr(model, "blocks", None), nn.Module):
+        raise UserError(
+            f"quantize_model: {type(model).__name__} has no `blocks`, so there is nothing to fuse. Give the timm model "
+            "itself, or `fuse=False`, which quantizes the layers and leaves the blocks as they are."
         )
     needed = bool(getattr(quantization, "needs_calibration", False))
     if needed and calibration is None:
@@ -174,6 +203,11 @@ def _check(model: nn.Module, quantization: Any, calibration: Images | None) -> N
         raise UserError(
             f"quantize_model: calibration images were given, and this form of quantization={quantization.name} reads "
             'none. Leave them out, or ask for what they find: {"name": "int8", "calibration": {}}.'
+        )
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise UserError(
+            f"quantize_model: `calibration` is a {type(calibration).__name__}; give images as one tensor (B, 3, S, S), "
+            "or batches of them."
         )
 
 
@@ -221,8 +255,10 @@ def _batches(images: Images, samples: int, model: nn.Module) -> list[Tensor]:
     device = next(model.parameters()).device
     batches: list[Tensor] = []
     left = samples
-    for batch in images.split(64) if isinstance(images, Tensor) else images:
-        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if isinstance(images, Tensor):
+        images = images.split(64) if images.ndim == 4 else [images]
+    for batch in images:
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, Tensor) or first.ndim != 4:
             what = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise UserError(
@@ -247,7 +283,7 @@ def _check_images(images: Tensor, model: nn.Module) -> None:
     """Refuse images (B, C, H, W) that the model would not take, or would misread.
 
     Raises:
-        UserError: pixels as integers, a NaN, another size.
+        UserError: pixels as integers, a NaN, other channels, another size.
     """
     if not images.is_floating_point():
         raise UserError(
@@ -258,6 +294,12 @@ def _check_images(images: Tensor, model: nn.Module) -> None:
     if not bool(images.isfinite().all()):
         raise UserError("quantize_model: the calibration images hold a NaN or an infinity. Check how they are made.")
     embed: Any = getattr(model, "patch_embed", None)
+    conv = getattr(embed, "proj", None)  # of a hybrid it takes features
+    if isinstance(conv, nn.Conv2d) and not hasattr(embed, "backbone") and images.shape[1] != conv.in_channels:
+        raise UserError(
+            f"quantize_model: the calibration images have {images.shape[1]} channel(s), and the model takes "
+            f"{conv.in_channels}. Convert them as in evaluation."
+        )
     wanted = getattr(embed, "img_size", None)
     if wanted is None or not getattr(embed, "strict_img_size", True):
         return

@@ -306,3 +306,26 @@ def test_heads_too_wide_are_named() -> None:
     q, k, v = operands(5, 160)
     assert capability.too_wide("The kernel", q, v) == "The kernel has heads up to 128 wide, and these are 160."
     assert int8_attend(q, k, v, scale=0.1).shape == q.shape  # the definition has no limit
+
+
+@pytest.mark.parametrize("attend", [int8_attend, fp8_attend])
+def test_operands_that_do_not_fit_are_refused_before_a_kernel_runs(attend: Any) -> None:
+    q, k, v = operands(5, 16)
+    for misfits in (
+        (q, k[:, :2], v[:, :2]), (q, k, v[:, :2]), (q[:1], k, v), (q, k[:, :, :4], v), (q, k, v[:, :, :4]),
+        (q[..., :8], k, v), (q[0], k[0], v[0]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="attention: queries"):
+            attend(*misfits, scale=0.25)
+    assert attend(q[:, :, :2], k, v[..., :8], scale=0.25).shape == (2, 3, 2, 8)
+    compiled = torch.compile(partial(attend, scale=0.25), backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(q, k, v), attend(q, k, v, scale=0.25))
+
+
+def test_scales_of_other_shapes_are_refused() -> None:
+    codes, scales = zip(*(int8.quantize(x) for x in operands(5, 16)), strict=True)
+    for index, word in enumerate(("queries", "keys", "values")):
+        wrong = [scale[:, :1] if index == place else scale for place, scale in enumerate(scales)]
+        with pytest.raises(ValueError, match=f"{word} are .* and their scales"):
+            int8_attend(*codes, *wrong, scale=0.25)
+    assert int8_attend(*codes, *scales, scale=0.25).shape == (2, 3, 5, 16)

@@ -15,6 +15,7 @@ from vit_efficient.kernels import tune
 from vit_efficient.kernels.cases import FORMS, OPS, block_layers, forms_of, linear_case, tile_name
 from vit_efficient.kernels.tuning import Shape, choose
 from vit_efficient.machine import detect
+from vit_efficient.measure import attention, attention_cases, kernels
 
 CPU = torch.device("cpu")
 WIDTH, HIDDEN, TOKENS = 48, 192, 17
@@ -117,6 +118,15 @@ def test_the_tuner_takes_named_shapes() -> None:
         tune.cases(tune.parser().parse_args(words))
 
 
+def test_outputs_that_are_not_whole_heads_are_refused() -> None:
+    for words in (["--width", "224"], ["--forms", "plain", "heads", "--shapes", "6x64x672"]):
+        with pytest.raises(UserError, match="672 outputs are not queries, keys and values of heads that are 64 wide"):
+            tune.cases(tune.parser().parse_args(words))
+    assert tune.cases(tune.parser().parse_args(["--width", "224", "--op", "int4_linear"]))
+    with pytest.raises(UserError, match="heads_quant at 6x64x672"):
+        linear_case("int8_linear", "heads_quant", Shape(6, 64, 672), CPU)
+
+
 def test_tiles_are_kept_under_the_names_that_kernels_look_up() -> None:
     assert tile_name("int8_linear", "gelu") == "int8_linear.gelu"
     assert tile_name("int4_linear", "token") == "int4_linear"
@@ -133,3 +143,29 @@ def test_tiles_are_kept_under_the_names_that_kernels_look_up() -> None:
 def test_all_forms_can_be_named() -> None:
     for form in FORMS:
         assert tune.parser().parse_args(["--forms", form, "--shapes", "1x2x3"]).forms == [form]
+
+
+NOT_ABOVE_0 = (
+    ["--batch", "0"], ["--batch", "8", "-1"], ["--tokens", "-1"], ["--width", "0"], ["--hidden", "0"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [*NOT_ABOVE_0, ["--processes", "0"], ["--shapes", "0x0"], ["--shapes", "1x0x3"]])
+def test_the_tuner_takes_numbers_above_0_only(words: list[str]) -> None:
+    text = "is no MxKxN" if "0x0" in words else "not above 0"
+    with pytest.raises(UserError, match=f"argument {words[0]}: .*{text}"):
+        tune.parser().parse_args(words)
+
+
+@pytest.mark.parametrize("words", [*NOT_ABOVE_0, ["--repetitions", "0"]])
+def test_timings_of_kernels_take_numbers_above_0_only(words: list[str]) -> None:
+    with pytest.raises(UserError, match=f"argument {words[0]}: .* is not above 0"):
+        kernels.parser().parse_args(words)
+
+
+@pytest.mark.parametrize("words", [["--heads", "16", "0"], ["--width", "-64"], ["--repetitions", "0"]])
+def test_timings_of_attention_take_numbers_above_0_only(words: list[str]) -> None:
+    with pytest.raises(UserError, match=f"argument {words[0]}: .* is not above 0"):
+        attention.parser().parse_args(words)
+    with pytest.raises(UserError, match="--shapes 0x8: neither"):
+        attention_cases.cases(["0x8"], [16], 64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from vit_efficient.kernels.linear.launch import PROMOTE, Form, fit
 from vit_efficient.kernels.linear.triton import linear_kernel
 from vit_efficient.kernels.quantize.triton import _dequantize_kernel as dequantize_kernel
 from vit_efficient.kernels.quantize.triton import _kernel as quantize_kernel
-from vit_efficient.kernels.tuning import Shape, Tile, _shipped, pick
+from vit_efficient.kernels.tuning import Shape, Tile, _listed, _shipped, pick
 
 pytestmark = pytest.mark.slow
-SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448}  # bytes that a program may have
-OF_A_PROCESSOR = {"sm_80": 167_936, "sm_89": 102_400, "sm_90": 233_472}  # 1,024 more, which each program takes besides
+SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_120": 101_376}
+"""Bytes that a program may have."""
+OF_A_PROCESSOR = {chip: size + 1024 for chip, size in SHARED.items()}  # each program takes 1,024 besides
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_120": 170}
 ALIGNED = ("M", "N", "K", "D", "a_stride", "b_stride", "residual_stride", "x_stride")
 INTEGERS = (*ALIGNED, "tokens")
 
@@ -33,7 +36,15 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], chip: str, warps: int, stages: int) -> Any:
+def compiled(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    chip: str,
+    warps: int,
+    stages: int,
+    registers: int = 0,
+) -> Any:
     """A kernel for a chip. Arguments without a type or a value are None."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -51,6 +62,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], chip
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options |= {"maxnreg": registers} if registers else {}
     return triton.compile(source, target=GPUTarget("cuda", int(chip[3:]), 32), options=options)
 
 
@@ -63,17 +75,38 @@ LINEAR = [
 ]  # fmt: skip
 
 
-def linear_layer(chip: str, op: str, name: str, full: bool = True) -> tuple[Any, Tile]:
-    """The kernel with the shipped tile; of fp8 sums `full`, if the operator's are."""
-    name, _, vectors = name.partition(" ")
-    found = pick(_shipped()[chip], f"{op}.{name}", Shape(50432, 1024, 3072))
-    assert found is not None
-    form = Form(
+MANY = Shape(50432, 1024, 3072)
+
+
+def form_of(name: str) -> Form:
+    """What follows the product, of heads that are 64 wide."""
+    return Form(
         layout="heads" if "heads" in name else "rows", gelu="gelu" in name, heads=16, width=64, tokens=197,
         quant="none" if "quant" not in name else "token" if "heads" in name else "static",
     )  # fmt: skip
+
+
+def is_alone(tile: Tile, step: int, shape: Shape, chip: str) -> bool:
+    """Whether each program has one tile, as a launch finds it."""
+    tiles = -(-shape.rows // tile.block_m) * -(-shape.outputs // step)
+    return tiles <= PROCESSORS[chip] * tile.programs and tile.parts == 1
+
+
+def linear_layer(
+    chip: str, op: str, name: str, full: bool = True, shape: Shape = MANY, table: str = ""
+) -> tuple[Any, Tile]:
+    """The kernel with the shipped tile; of fp8 sums `full`, if the operator's are.
+
+    Args:
+        table: the chip by name, if it has tiles of its own.
+    """
+    name, _, vectors = name.partition(" ")
+    found = pick(_shipped()[table or _listed(chip, _shipped())], f"{op}.{name}", shape)
+    assert found is not None
+    form = form_of(name)
     tile, step, head_block = fit(found, form)
-    described, fp8 = chip == "sm_90", op.startswith("fp8")
+    alone = is_alone(tile, step, shape, chip)
+    described, fp8 = int(chip[3:]) >= 90, op.startswith("fp8")
     code = "fp8e4nv" if fp8 else "i8"
     out = code if form.quant != "none" else "bf16"
     types = {"row_scale": "*fp32", "column_scale": "*fp32", "bias": "*bf16", "a": f"*{code}", "b": f"*{code}"}
@@ -91,17 +124,49 @@ def linear_layer(chip: str, op: str, name: str, full: bool = True) -> tuple[Any,
         types |= dict.fromkeys(("shift", "smooth", "reciprocal"), "*fp32")
     if name == "residual":
         part = f"[{tile.block_m}, {tile.block_n // tile.parts}]"
-        types |= {"residual": f"tensordesc<bf16{part}>" if described else "*bf16", "gamma": "*bf16"}
+        through = described and not alone
+        types |= {"residual": f"tensordesc<bf16{part}>" if through else "*bf16", "gamma": "*bf16"}
     constants = {
         "FP8": fp8, "PROMOTE": min(PROMOTE, tile.block_k) if op == "fp8_linear" and full else 0,
         "LAYOUT": form.layout, "GELU": form.gelu, "QUANT": form.quant, "LARGEST": 448 if fp8 else 127,
         "INTEGER": not fp8, "ROW_SCALES": True, "COLUMN_SCALES": True,
         "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
-        "RESIDUAL_DESCRIPTOR": described, "ALONE": False, "OVERLAP": chip == "sm_90",
+        "RESIDUAL_DESCRIPTOR": described and not alone, "ALONE": alone, "OVERLAP": described,
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    return compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages), tile
+    return compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages, tile.registers), tile
+
+
+LAYERS = (  # of a ViT-L block, those that take most shared memory first; the fourth is q of a split projection
+    ("heads_quant", 1024, 3072), ("residual", 4096, 1024), ("gelu_quant", 1024, 4096), ("heads_quant", 1024, 1024),
+    ("residual", 1024, 1024), ("plain", 1024, 3072), ("gelu", 1024, 4096),
+)  # fmt: skip
+
+
+def shipped_tiles() -> list[Any]:
+    """Every tile of the table that a layer of a ViT-L takes, at one image and at many, in the first form with it."""
+    cases: dict[Any, Any] = {}
+    for chip, table in (("sm_90", "NVIDIA H200"), *((chip, "") for chip in SHARED)):
+        entries = _shipped()[table or _listed(chip, _shipped())]
+        # The slower sums take more registers and no less memory, so they stand for the fast ones.
+        for op in ("int8_linear", "fp8_linear", "fp8_linear_fast"):
+            for rows in (197, 1000, 4000, 50432):
+                for name, inputs, outputs in LAYERS:
+                    shape = Shape(rows, inputs, outputs)
+                    found = pick(entries, f"{op}.{name}", shape)
+                    if found is None or (op.startswith("fp8") and int(chip[3:]) < 89):
+                        continue
+                    tile, step, _ = fit(found, form_of(name))
+                    key = chip, op.removesuffix("_fast"), replace(tile, group=1), is_alone(tile, step, shape, chip)
+                    case = pytest.param(chip, table, op, name, shape, id=f"{table or chip}-{op}-{name}-{shape}")
+                    cases.setdefault(key, case)
+    return list(cases.values())
+
+
+@pytest.mark.parametrize(("chip", "table", "op", "name", "shape"), shipped_tiles())
+def test_every_shipped_tile_fits(chip: str, table: str, op: str, name: str, shape: Shape) -> None:
+    fits(chip, *linear_layer(chip, op, name, shape=shape, table=table), measured=bool(table))
 
 
 def spills(ptx: str, folder: Path) -> list[int]:
@@ -136,10 +201,17 @@ def waits_first(ptx: str, overlapped: bool) -> None:
 
 @pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
 def test_linear_layers(chip: str, op: str, name: str) -> None:
-    described = chip == "sm_90"
-    kernel, tile = linear_layer(chip, op, name)
+    fits(chip, *linear_layer(chip, op, name))
+
+
+def fits(chip: str, kernel: Any, tile: Tile, measured: bool = False) -> None:
+    """A kernel has its memory, as many times as programs share a multiprocessor, and uses what the chip has.
+
+    A tile that was `measured` may name more programs than fit at once: the rest starts when they have ended.
+    """
+    described = int(chip[3:]) >= 90
     assert kernel.metadata.shared <= SHARED[chip]
-    assert (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
+    assert measured or (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
     assert ("wgmma.mma_async" if chip == "sm_90" else "mma.sync") in kernel.asm["ptx"]
     assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == described
     waits_first(kernel.asm["ptx"], described)

@@ -182,3 +182,50 @@ def test_forms_compile_without_a_break() -> None:
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for found, expected in zip(compiled(*one[:2]), block(*one[:2]), strict=True):
         assert torch.equal(found, expected)
+
+
+MISFITS: list[tuple[str, Any]] = [
+    ("48 outputs are not 3 parts of 5 heads", lambda q, s, w, ws, b: op.linear_heads(q, s, w, ws, b, 5, dtype=q.dtype)),
+    ("48 outputs are not 3 parts of 0 heads", lambda *one: op.linear_heads_quant(*one, 0)),
+    (r"scales of parts are \(2,\)", lambda *one: op.linear_heads_quant(*one, 1, scales=torch.ones(2))),
+    (r"laid out of \(\.\.\., T, K\)", lambda q, s, *rest: op.linear_heads_quant(q[0, 0], s[0, 0], *rest, 1)),
+    (r"residual is \(2, 5, 49\)", lambda *one: op.linear_residual(*one, torch.ones(B, T, 49))),
+    (r"residual is \(1, 5, 48\)", lambda *one: op.linear_residual(*one, torch.ones(1, T, 48))),
+    (r"layer scale is \(3,\)", lambda *one: op.linear_residual(*one, torch.ones(B, T, 48), torch.ones(3))),
+    ("scales of codes are", lambda q, s, *rest: op.linear(q, s[:1], *rest, dtype=torch.float32)),
+    (
+        "scales of the weight are",
+        lambda q, s, w, ws, b: op.linear_quant(q, s, w, ws[:7], b, torch.ones(1)),
+    ),
+    (r"bias is \(7,\)", lambda q, s, w, ws, b: op.linear_quant(q, s, w, ws, b[:7], torch.ones(1))),
+    (r"shift is \(7,\)", lambda *one: op.linear_quant(*one, torch.ones(1), shift_N=torch.ones(7))),
+    (r"scale of the output is \(2,\)", lambda *one: op.linear_quant(*one, torch.ones(2))),
+    ("inputs differ", lambda q, s, *rest: op.linear(q[..., :7], s, *rest, dtype=torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("text", "call"), MISFITS, ids=[text for text, _ in MISFITS])
+def test_shapes_that_do_not_fit_are_refused_before_a_kernel_runs(text: str, call: Any) -> None:
+    with pytest.raises(ValueError, match=text):
+        call(*operands("int8", 48))
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_checks_say_nothing_of_the_number_of_images(images: int) -> None:
+    """Also of rows (B, K), with a scale each or one in all: a program for 1 to 64 images is one program."""
+
+    class Head(torch.nn.Module):
+        def forward(self, q: Tensor, scale: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+            rest = torch.ones(6, K, dtype=torch.int8), torch.ones(6, 1), torch.ones(6)
+            residual = torch.ones(q.shape[0], 6)
+            return op.linear(q, one, *rest, dtype=torch.float32), op.linear_residual(q, scale, *rest, residual)
+
+    inputs = torch.ones(images, K, dtype=torch.int8), torch.ones(images, 1), torch.ones(1, 1)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    if images > 1:  # PyTorch takes an example of 1 for a constant
+        exported = torch.export.export(Head(), inputs, dynamic_shapes=({0: batch}, {0: batch}, None)).module()
+        for count in (1, 64):
+            given = torch.ones(count, K, dtype=torch.int8), torch.ones(count, 1), inputs[2]
+            assert exported(*given)[0].shape == (count, 6)
+    compiled = torch.compile(Head(), backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(*inputs)[0], Head()(*inputs)[0])

@@ -80,8 +80,17 @@ def test_what_was_measured_here_comes_before_the_table_and_what_is_forced_before
 def test_a_chip_that_is_not_listed_takes_the_architecture_before_it() -> None:
     shipped = tuning._shipped()
     assert tuning._listed("sm_100", shipped) == "sm_90"
+    assert tuning._listed("sm_103", shipped) == "sm_90"
     assert tuning._listed("sm_86", shipped) == "sm_80"
     assert tuning._listed("sm_75", shipped) == "sm_80"
+
+
+@pytest.mark.parametrize("architecture", ["sm_120", "sm_121"])
+def test_newer_chips_with_little_shared_memory_take_tiles_that_fit_it(architecture: str) -> None:
+    shape = Shape(50432, 1024, 4096)
+    tile = tuning._choose("int8_linear.plain", "NVIDIA GeForce RTX 5090", architecture, shape)
+    assert tile == tuning._choose("int8_linear.plain", "NVIDIA GeForce RTX 4090", "sm_89", shape)
+    assert (tile.block_m + tile.block_n) * tile.block_k * tile.stages < 101_376
 
 
 def test_a_damaged_file_is_explained(cache: Path) -> None:

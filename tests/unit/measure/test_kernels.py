@@ -103,6 +103,14 @@ def test_what_was_asked_for_in_parts() -> None:
     assert asked[0] == "ViT-B/16/224 qkv, 1 images"
 
 
+def test_a_width_that_is_not_whole_heads_is_refused() -> None:
+    for width in ("224", "32"):
+        with pytest.raises(UserError, match="a --width that is a multiple of 64"):
+            kernels.main(["--width", width, "--op", "int4_linear", "int8_linear"])
+    kernels.check(kernels.parser().parse_args(["--width", "224", "--op", "int4_linear"]))
+    kernels.check(kernels.parser().parse_args(["--width", "192", "--op", "int8_linear"]))
+
+
 def test_what_does_not_fit_leaves_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def full() -> list[Line]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")

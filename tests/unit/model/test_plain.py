@@ -69,6 +69,13 @@ def test_recipes_in_all_forms(recipe: Any, bound: float | None) -> None:
     assert not any(isinstance(module, DeployedInt8) for module in model.modules())
 
 
+@pytest.mark.parametrize("scheme", [{"name": "int8", "attention": "dynamic"}, {"name": "fp8", "attention": "fp8"}])
+def test_the_attention_of_a_quantization_is_no_section(scheme: dict[str, str]) -> None:
+    alone, in_a_section = quantize_model(small(), scheme), quantize_model(small(), {"quantization": scheme})
+    assert alone(images()).equal(in_a_section(images()))
+    assert not alone(images()).equal(quantize_model(small(), {"name": scheme["name"]})(images()))
+
+
 def test_a_recipe_object_and_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("protocol: digits\nattention: sdpa\nquantization: {name: int8, weights: tensor}\n")
@@ -169,6 +176,12 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[UserError], str]] = [
     (STATIC, {"calibration": [torch.zeros(3, 32, 32)]}, UserError, r"got \(3, 32, 32\)"),
     ("fp32_sdpa", {}, UserError, "quantization is none"),
     ("int9_sdpa", {}, RecipeError, "did you mean 'int8_sdpa'"),
+    ("int9_sdpa", {}, RecipeError, r"^1 mistake in the recipe\n  recipe: there is no variant 'int9_sdpa'"),
+    ("cifar10", {}, RecipeError, r"recipe: 'cifar10' is a protocol, not a variant\n"),
+    (STATIC, {"calibration": 3}, UserError, "`calibration` is a int; give images"),
+    (STATIC, {"calibration": torch.tensor(3.0)}, UserError, r"got \(\)"),
+    (STATIC, {"calibration": [()]}, UserError, "got tuple"),
+    (STATIC, {"calibration": torch.zeros(32, 1, 32, 32)}, UserError, r"have 1 channel\(s\), and the model takes 3"),
     ({"name": "int8", "bits": 8}, {}, RecipeError, r"quantization\.bits: int8 has no key 'bits', only torchao"),
     (
         {"name": "int8", "activation": "static"},
@@ -215,6 +228,47 @@ def test_models_that_cannot_be_quantized() -> None:
     mixed.head.to(torch.bfloat16)
     with pytest.raises(UserError, match="bfloat16, float32; they must be of one dtype"):
         quantize_model(mixed, "int8_sdpa")
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(UserError, match="`model` is a NoneType; give a Vision Transformer of timm"):
+        quantize_model(None, "int8_sdpa")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`model`, a Identity, has no parameters"):
+        quantize_model(nn.Identity(), "int8_sdpa")
+
+
+class Wrapper(nn.Module):
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(x)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "text"),
+    [
+        ("int8_sdpa", {}, "Wrapper has no `blocks`.*`fuse=False`"),
+        (STATIC, {"calibration": images(4), "fuse": False}, "4 images are too few"),
+    ],
+    ids=["blocks", "images"],
+)
+def test_a_refusal_leaves_the_model_as_it_was(recipe: Any, options: dict[str, Any], text: str) -> None:
+    model = Wrapper(small().to(torch.bfloat16)).train()
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(UserError, match=text):
+        quantize_model(model, recipe, inplace=True, **options)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert model.training
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()} == {(torch.bfloat16, True)}
+
+
+def test_a_wrapped_model_is_quantized_without_fusing() -> None:
+    model = Wrapper(small())
+    assert quantize_model(model, "int8_sdpa", fuse=False)(images()).equal(
+        quantize_model(model.vit, "int8_sdpa", fuse=False)(images())
+    )
 
 
 def test_importing_the_package_loads_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.measure.memory import Plan
 from vit_efficient.model.build import build_model
 from vit_efficient.model.fused import fuse_blocks
@@ -250,3 +252,22 @@ def test_memory_and_work_of_an_estimate_fall_with_the_rate() -> None:
     (mask, mask_work), (subset, subset_work) = plans["mask"], plans["subset"]
     assert subset.kept / mask.kept == pytest.approx(0.75, abs=0.07)
     assert subset_work.full / mask_work.full == pytest.approx(0.75, abs=0.05)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_deployed_model_has_no_hooks_and_is_exported(fused: bool, tmp_path: Path) -> None:
+    recipe = load_recipe("int8_sdpa", [*SMALL, "quantization.precision=fp32"]).recipe
+    built = build_model(recipe, 7)
+    assert built.model._forward_pre_hooks, "in training"
+    recipe.quantization.finalize(built.model)
+    save_deployed(tmp_path / "model.safetensors", built.model, recipe, list("abcdefg"))
+    deployed = load_file(tmp_path / "model.safetensors")
+    assert deployed.recipe == recipe
+    model = deployed.model
+    if fused:
+        assert fuse_blocks(model).fused
+    assert not any(module._forward_pre_hooks for module in model.modules() if not hasattr(module, "fold"))
+    images = torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (images,), strict=True).module()
+    with torch.no_grad():
+        assert torch.equal(exported(images), model(images))

@@ -88,7 +88,9 @@ def fp8_attend(
 
     Raises:
         CapabilityError: the GPU has no fp8 matrix units (they came with sm_89), or heads are wider than 128.
+        ValueError: shapes that do not fit each other.
     """
+    capability.check_operands(q_BHNE, k_BHME, v_BHMF, what="fp8 attention")
     dtype = output_dtype(v_BHMF) if dtype is None else dtype
     return _fp8_attend(q_BHNE, k_BHME, v_BHMF, scale, rotated, values, out_scale, dtype).transpose(1, 2)
 

@@ -127,7 +127,10 @@ def int8_attend(
 
     Raises:
         CapabilityError: ``fp8`` values on a GPU that has no units for them.
+        ValueError: shapes that do not fit each other.
     """
+    scales = ("queries", q_BHNE, q_scale), ("keys", k_BHME, k_scale), ("values", v_BHMF, v_scale)
+    capability.check_operands(q_BHNE, k_BHME, v_BHMF, *scales, what="int8 attention")
     if dtype is None:
         dtype = output_dtype(v_BHMF) if v_BHMF.dtype.is_floating_point else torch.float32
     y_BNHF = _int8_attend(q_BHNE, k_BHME, v_BHMF, q_scale, k_scale, v_scale, scale, values, keys, out_scale, dtype)

@@ -124,15 +124,21 @@ def fit(tile: Tile, form: Form) -> tuple[Tile, int, int]:
     """A tile that suits a form, the columns from one tile to the next, and the block of a head.
 
     Where scales are made a head, a tile has whole heads: several, if their width is a power of two, else one, in a
-    block of the next power of two.
+    block of the next power of two. A wider tile takes more shared memory, so fewer programs share a multiprocessor.
     """
     if form.layout == "rows" or form.quant == "none":
         return tile, tile.block_n, 1
     block = max(16, 1 << (form.width - 1).bit_length())
     if block != form.width:
-        return replace(tile, block_n=block, parts=1), form.width, block
+        return replace(tile, block_n=block, parts=1, programs=_programs(tile, block)), form.width, block
     columns = max(tile.block_n, block)
-    return replace(tile, block_n=columns, parts=min(tile.parts, columns // block)), columns, block
+    parts = min(tile.parts, columns // block)
+    return replace(tile, block_n=columns, parts=parts, programs=_programs(tile, columns)), columns, block
+
+
+def _programs(tile: Tile, columns: int) -> int:
+    """On each multiprocessor, where a tile has `columns` in place of its own."""
+    return max(1, min(tile.programs, tile.programs * tile.block_n // columns))
 
 
 def linear(

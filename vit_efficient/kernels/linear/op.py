@@ -15,6 +15,8 @@ Arguments that all share:
     bias: (N,), floating point, or None.
     accumulation: of fp8 sums: `full`, in float32 at least every 128 products, or `fast`, in the fewer bits of the
         matrix units throughout, where they have such a mode (sm_89, sm_90). Integer sums are exact.
+
+All raise ValueError for shapes that do not fit each other.
 """
 
 from __future__ import annotations
@@ -190,9 +192,40 @@ def _heads_shape(q_MK: Tensor, q_NK: Tensor, tokens: int, heads: int, parts: int
     return parts, q_MK.shape[0] // tokens, heads, tokens, q_NK.shape[0] // (parts * heads)
 
 
-def _flat(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M, K) and scales (M, 1) or (1, 1)."""
-    return q.reshape(math.prod(q.shape[:-1]), q.shape[-1]), scale.reshape(-1, 1)  # -1 is ambiguous without inputs
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _operands(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Operands:
+    """As matrices: codes (M, K), scales (M, 1) or (1, 1), the weight (N, K), its scales (N, 1) or (1, 1), and bias.
+
+    Raises:
+        ValueError: shapes that do not fit each other; kernels would read and write beyond them.
+    """
+    rows, outputs = math.prod(q.shape[:-1]), weight.shape[0]
+    if q.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: codes are {tuple(q.shape)} and the weight is {tuple(weight.shape)}; inputs differ")
+    for what, given, wanted in (("codes", scale, rows), ("the weight", weight_scale, outputs)):
+        # A product, since a compiler that does not know the number of rows cannot compare it with 1.
+        if (given.numel() - 1) * (given.numel() - wanted) != 0:
+            raise ValueError(f"linear: scales of {what} are {tuple(given.shape)}; wanted are 1 or {wanted}")
+    _check_columns("bias", bias, outputs)
+    # Of the codes, -1 would be ambiguous without inputs.
+    return q.reshape(rows, q.shape[-1]), scale.reshape(-1, 1), weight, weight_scale.reshape(-1, 1), bias
+
+
+def _check_columns(what: str, given: Tensor | None, outputs: int) -> None:
+    if given is not None and given.numel() != outputs:
+        raise ValueError(f"linear: {what} is {tuple(given.shape)}, and the layer has {outputs} outputs")
+
+
+def _check_heads(q: Tensor, weight: Tensor, heads: int, parts: int, scales: Tensor | None = None) -> None:
+    """Refuse outputs that are no whole heads, of which a kernel would write the rest behind its memory."""
+    if q.ndim < 2 or q.shape[-2] == 0:
+        raise ValueError(f"linear: codes are {tuple(q.shape)}; heads are laid out of (..., T, K), T at least 1")
+    if heads < 1 or parts < 1 or weight.shape[0] % (parts * heads) != 0:
+        raise ValueError(f"linear: {weight.shape[0]} outputs are not {parts} parts of {heads} heads of one width")
+    if scales is not None and scales.numel() != parts:
+        raise ValueError(f"linear: scales of parts are {tuple(scales.shape)}; there are {parts} parts")
 
 
 def linear(
@@ -207,7 +240,7 @@ def linear(
     accumulation: Accumulation = "full",
 ) -> Tensor:
     """The layer, with or without GELU: (..., N) in `dtype`."""
-    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    operands = _operands(q, scale, weight, weight_scale, bias)
     y_MN = linear_of_codes(*operands, gelu, dtype, accumulation == "fast")
     return y_MN.view(*q.shape[:-1], weight.shape[0])
 
@@ -239,7 +272,11 @@ def linear_quant(
     Returns:
         codes (..., N) and scales (..., 1) float32, all `out_scale` except where a row came in with the scale NaN.
     """
-    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    operands = _operands(q, scale, weight, weight_scale, bias)
+    for what, given in (("shift", shift_N), ("smoothing", smooth_N), ("its reciprocal", reciprocal_N)):
+        _check_columns(what, given, weight.shape[0])
+    if out_scale.numel() != 1:
+        raise ValueError(f"linear: the scale of the output is {tuple(out_scale.shape)}; wanted is one number")
     vectors = shift_N, smooth_N, reciprocal_of(smooth_N, reciprocal_N)
     codes, scales = _linear_quant(*operands, gelu, out_scale, *vectors, form, accumulation == "fast")
     return codes.view(*q.shape[:-1], weight.shape[0]), scales.view(*q.shape[:-1], 1)
@@ -257,7 +294,11 @@ def linear_residual(
     accumulation: Accumulation = "full",
 ) -> Tensor:
     """``residual + gamma * layer``, (..., N) in the residual's dtype; `gamma` (N,) is the layer scale, or None."""
-    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    operands = _operands(q, scale, weight, weight_scale, bias)
+    rows, outputs = operands[0].shape[0], weight.shape[0]
+    if residual.shape[-1] != outputs or math.prod(residual.shape[:-1]) != rows:
+        raise ValueError(f"linear: the residual is {tuple(residual.shape)}; the layer puts out {(rows, outputs)}")
+    _check_columns("the layer scale", gamma, outputs)
     flat_MN = residual.reshape(-1, residual.shape[-1])
     return _linear_residual(*operands, flat_MN, gamma, accumulation == "fast").view(residual.shape)
 
@@ -275,7 +316,8 @@ def linear_heads(
     accumulation: Accumulation = "full",
 ) -> Tensor:
     """Queries, keys and values as attention reads them: q (B, T, K) gives (P, B, H, T, E), contiguous, in `dtype`."""
-    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    operands = _operands(q, scale, weight, weight_scale, bias)
+    _check_heads(q, weight, heads, parts)
     return _linear_heads(*operands, q.shape[-2], heads, parts, dtype, accumulation == "fast")
 
 
@@ -301,5 +343,6 @@ def linear_heads_quant(
     Returns:
         codes (P, B, H, T, E) and scales (P, B, H, T, 1) float32.
     """
-    operands = *_flat(q, scale), weight, weight_scale.reshape(-1, 1), bias
+    operands = _operands(q, scale, weight, weight_scale, bias)
+    _check_heads(q, weight, heads, parts, scales)
     return _linear_heads_quant(*operands, q.shape[-2], heads, parts, form, scales, accumulation == "fast")
