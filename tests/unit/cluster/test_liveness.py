@@ -156,9 +156,27 @@ def test_the_first_announcement_counts() -> None:
         one.start()
     second.announce(Verdict("the disk is full", 2))
     second.announce(Verdict("the connection is broken", 1))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (found := first.verdict()) is None and time.monotonic() < until:
         time.sleep(0.05)
     assert found == second.verdict() == Verdict("the disk is full", 2)
     for one in (first, second):
         one.leave()
+
+
+def test_an_announcement_is_known_to_be_in_the_store() -> None:
+    """And where the store is gone, or the announcement late, nobody waits for ever."""
+    store = HashStore()
+    first, second = (Liveness(store, rank, 2, lost_after=1.0, lost_code=75) for rank in (0, 1))
+    for one in (first, second):
+        one.register()
+    first.announce(Verdict("the disk is full", 2))
+    assert not first.told(0.1)  # it does not beat yet
+    first.start()
+    assert first.told(60)
+    assert "the disk is full" in store.get("verdict").decode()
+    second.start()
+    second.leave()
+    second.announce(Verdict("too late", 1))
+    assert not second.told(60)
+    first.leave()
