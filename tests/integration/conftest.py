@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,24 @@ def start(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subproc
 def start_with(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
     """Starts `fit` with a fault in it: ``start_with("hang:1:14", *words)``; `inject.py` lists them."""
     return lambda fault, *words: launch(str(Path(__file__).with_name("inject.py")), fault, *words)
+
+
+@pytest.fixture
+def signal_stopped() -> Callable[[subprocess.Popen[str], signal.Signals], None]:
+    """Waits until a run with the fault `stop:STEP` has come there, sends its first process a signal, lets all go on."""
+
+    def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
+        deadline = time.monotonic() + 240
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            if process.poll() is not None or time.monotonic() > deadline:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise AssertionError(f"the run never came to where it stops itself: {process.communicate()[0]}")
+            time.sleep(0.02)
+        process.send_signal(number)
+        os.killpg(process.pid, signal.SIGCONT)
+
+    return send
 
 
 @pytest.fixture
