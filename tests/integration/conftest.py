@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,6 +99,16 @@ def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
         return printed
 
     return run
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to clients: it is bound seconds later."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port")
 
 
 @pytest.fixture(scope="session")
