@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +69,24 @@ def start_with(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., su
 
 
 @pytest.fixture
+def signal_stopped() -> Callable[[subprocess.Popen[str], signal.Signals], None]:
+    """Waits until a run with the fault `stop:STEP` has come there, sends its first process a signal, lets all go on."""
+
+    def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
+        deadline = time.monotonic() + 240
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            if process.poll() is not None or time.monotonic() > deadline:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise AssertionError(f"the run never came to where it stops itself: {process.communicate()[0]}")
+            time.sleep(0.02)
+        process.send_signal(number)
+        os.killpg(process.pid, signal.SIGCONT)
+
+    return send
+
+
+@pytest.fixture
 def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
     """Runs a command to its end and returns what it printed; fails unless it exits with ``code``."""
 
@@ -78,6 +99,16 @@ def command(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
         return printed
 
     return run
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to clients: it is bound seconds later."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port")
 
 
 @pytest.fixture(scope="session")

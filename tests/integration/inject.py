@@ -9,9 +9,12 @@
     term:evaluation      it gets SIGTERM in the evaluation of the finished model
     term:setup           and while the model is built
     clock:SECONDS        the wall clock goes wrong by so much at every step
+    stop:STEP            all processes stop themselves once that many steps are in the audit file, and wait for a signal
+    kill:STEP            they get SIGKILL at any time within 0.1 s after that, before the next step is saved
     random               the state of the generators after every step goes to `random.txt`
 
-Steps count optimizer steps from 0. Lightning starts the other ranks with the same words.
+Several faults are joined with `+`. Steps count optimizer steps from 0, except those that are done. Lightning starts the
+other ranks with the same words.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import random
 import signal
 import sys
 import threading
@@ -133,6 +137,29 @@ def in_any_step(act: Callable[[], None], current: list[int] | None = None) -> No
     ViTModule.training_step = training_step  # type: ignore[method-assign]
 
 
+def after_step(done: int, *acts: Callable[[], object]) -> None:
+    """Do one thing after another in rank 0: when ``done`` steps are in the audit file, and at each step from there."""
+    from vit_efficient.engine.audit import Audit
+
+    whole, left = Audit.on_train_batch_end, list(acts)
+
+    def on_train_batch_end(self: Audit, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        whole(self, trainer, module, outputs, batch, number)
+        written = (number + 1) % self.accumulate == 0
+        if written and left and trainer.global_rank == 0 and batch["step"] + 1 >= done:
+            left.pop(0)()
+
+    Audit.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+
+
+def stop_all() -> None:
+    os.killpg(os.getpgrp(), signal.SIGSTOP)
+
+
+def kill_all_soon() -> None:
+    threading.Timer(random.SystemRandom().uniform(0, 0.1), os.killpg, (os.getpgrp(), signal.SIGKILL)).start()
+
+
 def hang(module: Any, loss: Any) -> Any:
     threading.Event().wait()
 
@@ -154,12 +181,17 @@ def inject(fault: str) -> None:
         wrong_clock(float(where[0]))
     elif name == "random":
         note_random()
+    elif name == "stop":
+        after_step(int(where[0]), stop_all)
+    elif name == "kill":
+        after_step(int(where[0]), kill_all_soon, threading.Event().wait)
     else:
         raise SystemExit(f"no fault {fault}")
 
 
 if __name__ == "__main__":
-    inject(sys.argv[1])
+    for one in sys.argv[1].split("+"):
+        inject(one)
     from vit_efficient import cli, fit
 
     cli.run_command(lambda: fit.main(sys.argv[2:]))

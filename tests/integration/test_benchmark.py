@@ -97,6 +97,7 @@ def test_mistakes_are_explained(command: Command, words: tuple[str, ...], said: 
 
 
 @pytest.mark.slow
+@pytest.mark.long  # not for its length: it compares speeds, which on a machine with other work is a matter of luck
 def test_faster_than_the_usual_pipeline(photographs: Path) -> None:
     """1.7 times is the promise, on a quiet machine; a test machine may be busy, but both share its troubles."""
     images = read_images(open_shards(str(photographs), "SHARDS", "train"), 200)

@@ -78,14 +78,13 @@ def test_a_killed_rank(start: Start, command: Command, small: Sequence[str], tmp
 
 
 @pytest.mark.slow
-def test_a_rank_that_no_launcher_watches(launch: Start, small: Sequence[str], tmp_path: Path) -> None:
+def test_a_rank_that_no_launcher_watches(launch: Start, free_port: int, small: Sequence[str], tmp_path: Path) -> None:
     """Ranks of two launchers, as on two nodes: only silence tells of a death, and it does, within a minute."""
     words = shortened(small, LONG, "data.audit=a.txt")
-    port = str(free_port())
     ranks = [
         launch(
             "-c", f"import os; os.environ.update(RANK='{rank}', LOCAL_RANK='{rank}', WORLD_SIZE='2', LOCAL_WORLD_SIZE="
-            f"'2', GROUP_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}', TORCHELASTIC_RUN_ID='x')\n"
+            f"'2', GROUP_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='{free_port}', TORCHELASTIC_RUN_ID='x')\n"
             "from vit_efficient import cli, fit; cli.run_command(fit.main)",
             "--recipe", "fp32_sdpa", *words, *DDP, "run.dir=run", "run.lost_after=8",
         )
@@ -96,14 +95,6 @@ def test_a_rank_that_no_launcher_watches(launch: Start, small: Sequence[str], tm
     printed, _ = ranks[0].communicate(timeout=WITHIN)
     assert re.search(rf"rank 1 \(pid {ranks[1].pid} on \S+\) has died: not heard from for", printed), printed
     assert ranks[0].returncode == PEER_LOST
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow

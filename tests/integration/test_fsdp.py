@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -130,17 +129,19 @@ def test_samples_leave_out_branches_alike(
 
 
 def test_a_copy_of_the_model_on_each_node(
-    runs: Runs, cache: Path, small: Sequence[str], tmp_path: Path, assert_same_curve: Callable[..., None]
+    runs: Runs,
+    cache: Path,
+    free_port: int,
+    small: Sequence[str],
+    tmp_path: Path,
+    assert_same_curve: Callable[..., None],
 ) -> None:
     """Two nodes of two processes, as torchrun tells them: sharded within each; the parts become the one model."""
     words = ("strategy=fsdp", "strategy.shard=hybrid", "strategy.nodes=2", *TWO, "checkpoint.sharded=true")
     each = ("--recipe", "fp32_sdpa", *small, *words, "optim.clip=0.7", "run.log_every=1", "run.dir=hybrid")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
     common = {
         **os.environ, "VIT_EFFICIENT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "4",
-        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x",
+        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "TORCHELASTIC_RUN_ID": "x",
     }  # fmt: skip
     processes = []
     try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +16,14 @@ from vit_efficient.engine.checkpoint import read_checkpoint
 
 Start = Callable[..., subprocess.Popen[str]]
 Command = Callable[..., str]
+Send = Callable[[subprocess.Popen[str], signal.Signals], None]
 
 
 def lines(audit: Path) -> list[tuple[int, int, str]]:
     """(epoch, step, key) of every sample, in the order they were consumed."""
-    rows = [line.split() for line in audit.read_text().splitlines()] if audit.exists() else []
+    text = audit.read_text()
+    rows = [line.split() for line in text[: text.rfind("\n") + 1].splitlines()]  # a kill may leave half a line
     return [(int(epoch), int(step), key) for epoch, step, _, key in rows]
-
-
-def wait_for_step(process: subprocess.Popen[str], audit: Path, step: int) -> None:
-    """Wait until the run has consumed ``step`` optimizer steps in all."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if len({(e, s) for e, s, _ in lines(audit)}) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"the run never reached step {step}: {process.communicate()[0]}")
 
 
 def flat(tree: Any, name: str) -> dict[str, Any]:
@@ -109,17 +99,16 @@ def check_samples(straight: Path, resumed: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
 def test_killed(
-    start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, kills: int
+    start_with: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, kills: int
 ) -> None:
     """`kill -9` at random steps of 36; the last result of ten is in docs/faults.md."""
     steps = sorted(random.SystemRandom().sample(range(1, 36), kills))
     print("killed after steps", steps)
     words = (*RECIPE, *small, EVERY, "run.dir=killed", "data.audit=killed.txt", "--resume", "auto")
     for step in steps:
-        process = start("fit", *words)
-        wait_for_step(process, tmp_path / "killed.txt", step)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process = start_with(f"kill:{step}", *words)
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == -signal.SIGKILL, printed
     command("fit", *words, "data.workers=0")  # the number of workers is free
     check_samples(tmp_path / "straight.txt", tmp_path / "killed.txt")
     assert_same(straight, tmp_path / "killed")
@@ -128,13 +117,18 @@ def test_killed(
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 12, 24])  # inside an epoch, and at the ends of two
 def test_interrupted(
-    start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, step: int
+    start_with: Start,
+    signal_stopped: Send,
+    command: Command,
+    small: Sequence[str],
+    straight: Path,
+    tmp_path: Path,
+    step: int,
 ) -> None:
     words = (*RECIPE, *small, "run.dir=stopped", "data.audit=stopped.txt")
-    process = start("fit", *words)
-    wait_for_step(process, tmp_path / "stopped.txt", step)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=100)
+    process = start_with(f"stop:{step}", *words)
+    signal_stopped(process, signal.SIGINT)
+    printed, _ = process.communicate(timeout=240)
     assert process.returncode == 130, printed
     assert "--resume stopped" in printed
     command("fit", "--resume", "stopped")  # the words that were printed: the run's own recipe serves
@@ -145,14 +139,19 @@ def test_interrupted(
 
 @pytest.mark.slow
 def test_resumed_with_accumulation(
-    start: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path
+    start_with: Start,
+    signal_stopped: Send,
+    command: Command,
+    small: Sequence[str],
+    straight: Path,
+    tmp_path: Path,
 ) -> None:
     """Another micro-batch continues with the same samples in each global batch."""
     words = (*RECIPE, *small, "run.dir=other", "data.audit=other.txt")
-    process = start("fit", *words)
-    wait_for_step(process, tmp_path / "other.txt", 17)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(100) == 128 + signal.SIGTERM
+    process = start_with("stop:17", *words)
+    signal_stopped(process, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM, printed
     command("fit", "--resume", "other", "strategy.micro_batch=32")
     expected, seen = ({(e, s, k) for e, s, k in lines(tmp_path / f)} for f in ("straight.txt", "other.txt"))
     assert seen == expected
@@ -177,10 +176,9 @@ def compare_with_kills(start_with: Start, words: tuple[str, ...], tmp_path: Path
     print("killed after steps", steps)
     again = (*words, EVERY, "run.dir=killed", "data.audit=killed.txt", "--resume", "auto")
     for step in steps:
-        process = start_with("random", *again)
-        wait_for_step(process, tmp_path / "killed.txt", step)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process = start_with(f"random+kill:{step}", *again)
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == -signal.SIGKILL, printed
     process = start_with("random", *again)
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed

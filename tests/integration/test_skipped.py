@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,18 +61,17 @@ def test_what_is_left_out_is_counted_and_named(
 
 @pytest.mark.slow
 def test_the_count_is_of_all_ranks_and_survives_a_stop(
-    start: Callable[..., subprocess.Popen[str]], command: Callable[..., str], words: tuple[str, ...], tmp_path: Path
+    start_with: Callable[..., subprocess.Popen[str]],
+    signal_stopped: Callable[[subprocess.Popen[str], signal.Signals], None],
+    command: Callable[..., str],
+    words: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     skip = (*words, "data.on_error=skip", "data.audit=a.txt")
     two = ("strategy=ddp", "strategy.devices=2", "strategy.accelerator=cpu", "data.workers=0")
-    process = start("fit", *skip, *two)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (tmp_path / "a.txt").exists() and "1 6 " in (tmp_path / "a.txt").read_text():  # in the second epoch
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
+    process = start_with("stop:19", *skip, *two)  # in the second epoch
+    signal_stopped(process, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM, printed
     command("fit", "--resume", "run", *two)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_samples"] == TIMES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -133,18 +134,24 @@ class Cluster:
         return _marked((f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.conf}".encode()))
 
     @contextlib.contextmanager
-    def held(self, number: str) -> Iterator[None]:
-        """Stop a job's processes, so that nothing depends on how fast this machine is. Slurm's signals wake them."""
+    def held(self, number: str) -> Iterator[list[int]]:
+        """Stop a job's processes, so that nothing depends on how fast this machine is. Slurm's signals wake them.
+
+        A run that has ended before that has none, and no test of what happens in its middle can go on.
+        """
         marks = (f"SLURM_JOB_ID={number}".encode(), b"SLURM_STEP_ID=0", f"SLURM_CONF={self.conf}".encode())
-        pids = _marked(marks)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        pids = [pid for pid in _marked(marks) if _stop(pid)]
         try:
-            yield
+            assert pids, f"job {number} has no process left to stop"
+            yield pids
         finally:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
+
+    def wait_for_signal(self, pids: list[int], number: signal.Signals) -> None:
+        """Wait until Slurm's signal lies ready for a process that is held, or has woken it."""
+        self.wait_for(f"{number.name} from Slurm", lambda: any(_reached(pid, number) for pid in pids))
 
     def daemon_pid(self, name: str) -> int | None:
         file = self.folder / ("slurmctld.pid" if name == "slurmctld" else f"slurmd.{name}.pid")
@@ -198,26 +205,51 @@ class Cluster:
             self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
         return state
 
-    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = PATIENCE, pause: float = 0.2) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if happened():
                 return
-            time.sleep(0.2)
+            time.sleep(pause)
         raise AssertionError(f"waited {seconds:.0f} s in vain for {what}\n{self.run('squeue', check=False)}")
 
 
-def _alive(pid: int | None) -> bool:
+def _state(pid: int | None) -> str:
+    """One letter, as the kernel says it; Z where there is nothing left of a process."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return state != "Z"
+        return "Z"
+
+
+def _alive(pid: int | None) -> bool:
+    return _state(pid) != "Z"
+
+
+def _stop(pid: int) -> bool:
+    """Stop a process; False if it has ended, as a worker that had done its work."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + PATIENCE
+    while (state := _state(pid)) not in "TZ" and time.monotonic() < deadline:  # it may have to finish a system call
+        time.sleep(0.01)
+    return state == "T"
 
 
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _reached(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has been sent a signal, which it gets when it goes on; or goes on already."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return True
+    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+    return not fields["State"].startswith("T") or bool(waiting & 1 << (number - 1))
 
 
 def _marked(marks: tuple[bytes, ...]) -> list[int]:
@@ -314,7 +346,8 @@ class Desk:
     def audit(self, run: str) -> list[tuple[int, int, int, str]]:
         """(epoch, step, rank, key) of every sample that a run has trained on so far."""
         file = self.folder / f"{run}.txt"
-        rows = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
+        text = file.read_text() if file.is_file() else ""
+        rows = [line.split() for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
         return [(int(epoch), int(step), int(rank), key) for epoch, step, rank, key in rows]
 
     def steps(self, run: str) -> int:
@@ -340,7 +373,16 @@ class Desk:
         return self.cluster.job(self.number(run))["JobState"] == "COMPLETED"
 
     def _wait(self, run: str, what: str, happened: Callable[[], bool], *, nudge: bool = False) -> None:
+        asked = -math.inf
+
         def look() -> bool:
+            nonlocal asked
+            if not nudge:  # asking Slurm may take longer than many small steps: seldom, and what is waited for first
+                if happened():
+                    return True
+                if time.monotonic() - asked < 5:
+                    return False
+                asked = time.monotonic()
             number = self.number(run)
             state = self.cluster.nudge(number) if nudge else self.cluster.job(number)["JobState"]
             if state in ("FAILED", "TIMEOUT", "CANCELLED") and not happened():
@@ -348,7 +390,7 @@ class Desk:
             return happened()
 
         try:
-            self.cluster.wait_for(what, look)
+            self.cluster.wait_for(what, look, pause=0.2 if nudge else 0.05)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log(run)}") from None
 

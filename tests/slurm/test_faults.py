@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -78,12 +79,14 @@ def test_time_limit(desk: Desk, cluster: Cluster, straight: Desk) -> None:
     assert_same_state(desk, "run", straight, "straight")
 
 
-def test_without_scontrol(desk: Desk, straight: Desk) -> None:
+def test_without_scontrol(desk: Desk, cluster: Cluster, straight: Desk) -> None:
     """Where `scontrol` is missing the job is followed by another one that depends on it."""
     desk.site(setup=["scontrol() { echo 'scontrol: command not found' >&2; return 127; }"])
     first = desk.start("run")
     desk.wait_for_steps("run", 2)
-    desk.cluster.run("scancel", "--signal=USR1", first)
+    with cluster.held(first) as pids:
+        cluster.run("scancel", "--signal=USR1", first)
+        cluster.wait_for_signal(pids, signal.SIGUSR1)
     desk.wait_for_end("run")
     assert desk.number("run") != first
     assert [start["number"] for start in starts(desk, "run")] == [first, desk.number("run")]
@@ -96,7 +99,10 @@ def test_preempted(desk: Desk, cluster: Cluster, straight: Desk) -> None:
     desk.site(sbatch=["--nodelist=n1", "--exclusive"])
     number = desk.start("run")
     desk.wait_for_steps("run", 2)
-    cluster.run("sbatch", "--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    urgent = ("--partition=urgent", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    with cluster.held(number) as pids:
+        cluster.run("sbatch", *urgent)
+        cluster.wait_for_signal(pids, signal.SIGTERM)
     desk.wait_for_end("run")
     assert int(cluster.job(number)["Restarts"]) == 1
     assert "Stopped by SIGTERM; everything is saved" in desk.log("run")
@@ -109,8 +115,9 @@ def test_the_node_dies(desk: Desk, cluster: Cluster, straight: Desk) -> None:
     """The only node of a job loses its power: Slurm starts the job again on the other one."""
     number = desk.start("run", "checkpoint.every_steps=4")
     desk.wait_for_steps("run", 10)
-    died = str(starts(desk, "run")[0]["nodes"])
-    cluster.kill_node(died)
+    with cluster.held(number):
+        died = str(starts(desk, "run")[0]["nodes"])
+        cluster.kill_node(died)
     desk.wait_for_end("run")
     other = {"n1": "n2", "n2": "n1"}[died]
     assert [start["nodes"] for start in starts(desk, "run")] == [died, other]
@@ -122,9 +129,10 @@ def test_the_node_dies(desk: Desk, cluster: Cluster, straight: Desk) -> None:
 
 def test_one_of_two_nodes_dies(desk: Desk, cluster: Cluster, straight: Desk) -> None:
     """The processes on the other node end too, and the job goes on when the node is back."""
-    desk.start("run", "--nodes", "2", "checkpoint.every_steps=4")
+    number = desk.start("run", "--nodes", "2", "checkpoint.every_steps=4")
     desk.wait_for_steps("run", 10)
-    cluster.kill_node("n2")
+    with cluster.held(number):
+        cluster.kill_node("n2")
     cluster.wait_for("n2 to be missed", lambda: cluster.node_state("n2").startswith("DOWN"))
     cluster.start_node("n2")
     desk.wait_for_end("run")

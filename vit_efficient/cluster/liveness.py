@@ -75,6 +75,8 @@ class Liveness:
         self._lock = threading.Lock()
         self._verdict: Verdict | None = None
         self._mine: Verdict | None = None
+        self._told = False  # `_mine` is in the store
+        self._settled = threading.Event()  # it is, or the thread has ended and it never will be
         self._alarm = False
         self._heard = time.monotonic()  # when the store last answered
         self._beats: dict[int, tuple[str, float]] = {}  # rank: its counter, and since when it has stood there
@@ -108,6 +110,11 @@ class Liveness:
         """Tell all processes, at the next beat, why they are to end; who is first counts."""
         with self._lock:
             self._mine = self._mine or verdict
+
+    def told(self, seconds: float) -> bool:
+        """Wait until what was announced is in the store. False if it is not there in time, or can no longer come."""
+        self._settled.wait(seconds)
+        return self._told
 
     def raise_alarm(self) -> None:
         """Something looks as if a process had died (a broken connection): be satisfied with half the silence."""
@@ -152,6 +159,8 @@ class Liveness:
             self._store.set(f"beat/{self.rank}", "left")
         except RuntimeError:  # torch.distributed.DistError: the store is gone, and so `_heard` grows old
             return
+        finally:
+            self._settled.set()
 
     def _round(self) -> None:
         self._count += 1
@@ -160,6 +169,8 @@ class Liveness:
             mine = self._mine
         if mine is not None:
             self._store.compare_set("verdict", "", json.dumps(asdict(mine)))
+            self._told = True
+            self._settled.set()
         if self._alarm:
             self._store.set("alarm", "1")
         verdict = None

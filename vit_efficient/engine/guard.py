@@ -30,7 +30,8 @@ from vit_efficient.errors import UserError
 from vit_efficient.recipe.schema import Recipe
 
 TICK = 1.0  # seconds between two looks
-LINGER = 15.0  # seconds that rank 0, which usually holds the store, waits so that the others learn why
+LINGER = 15.0  # seconds that a process at most waits, so that the others learn why and write their stacks
+TOLD_WITHIN = 10.0  # seconds beyond a beat in which an announcement is in the store, if it gets there
 LEAVE_WITHIN = 60.0  # seconds that a process which failed has to get out by itself
 WAIT_FRACTION = 0.8  # of the collective time-out: so the watchdog speaks before torch gives up
 LAUNCHER = "VIT_EFFICIENT_LAUNCHER"  # environment: pid of the rank that started the others of its node
@@ -64,6 +65,7 @@ class Guard(L.Callback):
         self._liveness: Liveness | None = None
         self._failed: tuple[float, str, int] | None = None
         self._quiet = False
+        self._ending = False  # the thread has found a reason, and is about to end the process
         self._met = False  # all processes; how long they may look for each other is torch's time-out
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
@@ -146,12 +148,20 @@ class Guard(L.Callback):
         if self._liveness is not None and _broken_connection(error):
             self._liveness.raise_alarm()  # a peer's death: the guard's thread is about to know whose
             time.sleep(self._recipe.run.lost_after + LINGER)
+        if self._ending:  # with the reason; this error, raised while it waits for the others, is a consequence
+            time.sleep(LEAVE_WITHIN)
         text = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
         code = USER_ERROR if isinstance(error, UserError) else 1
         self._failed = (time.monotonic(), text, code)
         if self._liveness is not None:
             self._liveness.announce(Verdict(f"{self._liveness.own_name} failed. {text}", code))
-            time.sleep(2 * self._liveness.beat)  # told before this process's sockets close
+            self._told()
+            time.sleep(2 * self._liveness.beat)  # read by the others before this process's sockets close
+
+    def _told(self) -> bool:
+        """Wait for what this process has announced to be in the store, where the others find it; False if it is not."""
+        assert self._liveness is not None
+        return self._liveness.told(self._liveness.beat + TOLD_WITHIN)
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -190,7 +200,7 @@ class Guard(L.Callback):
         return None
 
     def _finish(self, verdict: Verdict) -> None:
-        text, began = verdict.text, time.monotonic()
+        text, self._ending = verdict.text, True
         if self._liveness is not None:
             self._liveness.announce(verdict)
         if verdict.code in (PEER_LOST, STALLED):
@@ -204,9 +214,9 @@ class Guard(L.Callback):
             f"    {shlex.join(['python', '-m', 'vit_efficient.fit', '--resume', str(self._run)])}"
         )
         _say(f"error: {text}\n" if self._rank == 0 else f"[rank {self._rank}] error: {text}\n")
-        if self._liveness is not None and self._rank == 0:
-            while time.monotonic() - began < min(LINGER, 3 * self._liveness.beat + TICK):
-                time.sleep(TICK / 10)
+        # Rank 0 usually holds the store, and a launcher may kill the others as soon as one process has ended.
+        if self._liveness is not None and self._told():
+            time.sleep(min(LINGER, 2 * self._liveness.beat + TICK))
         self._exit("", verdict.code)
 
     def _exit(self, text: str, code: int) -> None:

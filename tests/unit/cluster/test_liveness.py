@@ -14,18 +14,18 @@ from torch.distributed import HashStore, TCPStore
 
 from vit_efficient.cluster.liveness import Liveness, Verdict, run_store
 
-LOST = 2.0
+LOST = 6.0  # seconds; a thread on a busy machine may not run for two of them
 RANK = """
 import os, sys, time
 from vit_efficient.cluster.liveness import Liveness, Verdict, run_store
 rank = int(sys.argv[1])
-me = Liveness(run_store(2.0), rank, 3, lost_after=float(sys.argv[2]), lost_code=75)
+me = Liveness(run_store(20.0), rank, 3, lost_after=float(sys.argv[2]), lost_code=75)
 me.register()
 print("registered", flush=True)
 sys.stdin.readline()
 me.start()
 print("started", flush=True)
-until = time.monotonic() + 40
+until = time.monotonic() + 240
 while time.monotonic() < until:
     if (verdict := me.verdict()) is not None:
         print(verdict.text, flush=True)
@@ -98,7 +98,7 @@ def test_all_well_then_one_dies(ranks: Ranks) -> None:
     assert verdict.code == 75
     ranks.own.announce(verdict)
     assert ranks.line(ranks.others[0]) == verdict.text
-    assert ranks.others[0].wait(10) == 75
+    assert ranks.others[0].wait(60) == 75
 
 
 @pytest.mark.slow
@@ -107,8 +107,8 @@ def test_who_leaves_in_order_is_not_missed_and_who_fails_is_heard(ranks: Ranks) 
     ranks.own.announce(Verdict("something else", 3))
     for process in ranks.others:
         assert ranks.line(process) == "rank 0 failed. The disk is full"
-        assert process.wait(10) == 2
-    verdict = ranks.wait(LOST)
+        assert process.wait(60) == 2
+    verdict = ranks.wait(10 * LOST)
     assert verdict == Verdict("rank 0 failed. The disk is full", 2)
 
 
@@ -118,7 +118,7 @@ def test_the_store_and_rank_0_are_gone(ranks: Ranks) -> None:
     ranks.own._store.set("beat/0", "not left")  # as if it had been killed; leaving is no death
     for process in ranks.others:
         assert f"rank 0 (pid {os.getpid()}" in ranks.line(process)
-        assert process.wait(10) == 75
+        assert process.wait(60) == 75
 
 
 @pytest.mark.slow
@@ -134,13 +134,13 @@ def test_a_process_that_was_stopped_itself_accuses_nobody(ranks: Ranks) -> None:
 
 def test_leaving_is_no_death() -> None:
     store = HashStore()
-    first, second = (Liveness(store, rank, 2, lost_after=1.0, lost_code=75) for rank in (0, 1))
+    first, second = (Liveness(store, rank, 2, lost_after=4.0, lost_code=75) for rank in (0, 1))
     for one in (first, second):
         one.register()
     for one in (first, second):
         one.start()
     second.leave()
-    until = time.monotonic() + 3
+    until = time.monotonic() + 6
     while time.monotonic() < until:
         assert first.verdict() is None
         time.sleep(0.05)
@@ -149,16 +149,34 @@ def test_leaving_is_no_death() -> None:
 
 def test_the_first_announcement_counts() -> None:
     store = HashStore()
-    first, second = (Liveness(store, rank, 2, lost_after=1.0, lost_code=75) for rank in (0, 1))
+    first, second = (Liveness(store, rank, 2, lost_after=10.0, lost_code=75) for rank in (0, 1))
     for one in (first, second):
         one.register()
     for one in (first, second):
         one.start()
     second.announce(Verdict("the disk is full", 2))
     second.announce(Verdict("the connection is broken", 1))
-    until = time.monotonic() + 10
-    while (found := first.verdict()) is None and time.monotonic() < until:
+    until = time.monotonic() + 60
+    while None in (found := [one.verdict() for one in (first, second)]) and time.monotonic() < until:
         time.sleep(0.05)
-    assert found == second.verdict() == Verdict("the disk is full", 2)
+    assert found == [Verdict("the disk is full", 2)] * 2
     for one in (first, second):
         one.leave()
+
+
+def test_an_announcement_is_known_to_be_in_the_store() -> None:
+    """And where the store is gone, or the announcement late, nobody waits for ever."""
+    store = HashStore()
+    first, second = (Liveness(store, rank, 2, lost_after=1.0, lost_code=75) for rank in (0, 1))
+    for one in (first, second):
+        one.register()
+    first.announce(Verdict("the disk is full", 2))
+    assert not first.told(0.1)  # it does not beat yet
+    first.start()
+    assert first.told(60)
+    assert "the disk is full" in store.get("verdict").decode()
+    second.start()
+    second.leave()
+    second.announce(Verdict("too late", 1))
+    assert not second.told(60)
+    first.leave()

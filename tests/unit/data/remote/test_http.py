@@ -205,13 +205,13 @@ def test_a_truncated_shard_loses_what_it_lacks_and_no_more(
 
 
 def test_samples_of_a_batch_are_fetched_side_by_side(made: ShardSet, server: Any) -> None:
-    """Five samples of a server that takes 0.3 s for each come in well under 1.5 s."""
-    shards = open_shards(f"{server.url}/train", "data.shards", "train", RemoteConfig(timeout=0.3, attempts=3))
+    """Five samples of a server that takes 3 s for each come in well under 15 s."""
+    shards = open_shards(f"{server.url}/train", "data.shards", "train", RemoteConfig(timeout=3.0, attempts=3))
     server.faults[shard(0)] = ["stall"] * 5
     with ShardReader(shards, 3) as reader:
         began = time.monotonic()
         found = [read().key for read in reader.read_all([0] * 5, range(5))]
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 10
     assert found == ["00000", "00001", "00002", "00003", "00004"]
 
 
