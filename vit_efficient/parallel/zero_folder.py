@@ -50,7 +50,7 @@ def read_zero_folder(path: Path, *, trust: bool) -> tuple[dict[str, Tensor], int
     except ImportError as error:
         raise CapabilityError(
             f"{path} was written by DeepSpeed, and reading it needs the package deepspeed: "
-            "pip install vit-efficient[deepspeed]"
+            "pip install -e '.[deepspeed]' in the checkout"
         ) from error
     inside = _inside(path)
     assert inside is not None, "the caller has looked"

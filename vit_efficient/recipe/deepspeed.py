@@ -41,8 +41,8 @@ def _package(machine: Machine) -> list[Problem]:
     if machine.version("deepspeed") is not None:
         return []
     message = (
-        "is deepspeed, and the package deepspeed is not installed. `pip install vit-efficient[deepspeed]`, or take "
-        "strategy=fsdp, which shards the same and needs no package"
+        "is deepspeed, and the package deepspeed is not installed. `pip install -e '.[deepspeed]'` in the "
+        "checkout, or take strategy=fsdp, which shards the same and needs no package"
     )
     return [Problem("strategy.name", message)]
 

@@ -44,7 +44,7 @@ def test_what_is_refused(words: tuple[str, ...], path: str, instead: str) -> Non
 
 def test_the_package_is_missing() -> None:
     bare = replace(NODE, packages={k: v for k, v in PACKAGES.items() if k != "deepspeed"})
-    assert "pip install vit-efficient[deepspeed]" in problems(bare)["strategy.name"]
+    assert "pip install -e '.[deepspeed]'" in problems(bare)["strategy.name"]
 
 
 def test_offloaded_parameters_of_stage_3() -> None:
