@@ -36,7 +36,7 @@ def missing_packages(*names: str) -> str | None:
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     if not absent:
         return None
-    return f"the package {absent[0]} is not installed. pip install 'vit-efficient[export]'."
+    return f"the package {absent[0]} is not installed. In the checkout: pip install -e '.[export]'."
 
 
 @torch.no_grad()

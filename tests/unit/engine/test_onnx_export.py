@@ -136,6 +136,6 @@ def test_what_has_no_onnx_form_is_refused(integer_model: Make, tmp_path: Path, m
     with pytest.raises(UserError, match="2 GiB"):
         export_onnx(integer_model(), IMAGE, tmp_path / "m.onnx")
     monkeypatch.setattr(onnx_export, "PACKAGES", ("no_such_package",))
-    with pytest.raises(CapabilityError, match=r"no_such_package.*pip install 'vit-efficient\[export\]'"):
+    with pytest.raises(CapabilityError, match=r"no_such_package.*pip install -e '\.\[export\]'"):
         export_onnx(integer_model(), IMAGE, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

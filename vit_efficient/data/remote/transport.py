@@ -110,7 +110,7 @@ def open_transport(url: str, shown: str, config: RemoteConfig) -> Transport:
     try:
         return FsspecTransport(url_to_fs(url, **options)[0])
     except ImportError as error:
-        extra = "; it comes with `pip install 'vit_efficient[s3]'`" if scheme == "s3" else ""
+        extra = "; in the checkout `pip install -e '.[s3]'` brings it" if scheme == "s3" else ""
         raise DataError(f"{shown}: {scheme}:// needs a package that is not installed: {error}{extra}.") from error
     except ValueError as error:
         raise DataError(f"{shown}: fsspec knows no {scheme}://: {error}.") from error

@@ -246,5 +246,5 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_s3_says_how_to_have_it(missing: Callable[[str], None]) -> None:
     missing("s3fs")
-    with pytest.raises(DataError, match=r"s3:// needs a package .*pip install 'vit_efficient\[s3\]'"):
+    with pytest.raises(DataError, match=r"s3:// needs a package .*pip install -e '\.\[s3\]'"):
         RemoteFolder("s3://bucket/train").read("manifest.json")

@@ -238,7 +238,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 def test_pyarrow_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(CapabilityError, match=r"pip install 'vit-efficient\[parquet\]'"):
+    with pytest.raises(CapabilityError, match=r"pip install -e '\.\[parquet\]'"):
         open_source(tmp_path)
 
 
