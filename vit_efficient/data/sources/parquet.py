@@ -42,7 +42,7 @@ class ParquetConfig(Config):
             )
         if find_spec("pyarrow") is None:
             raise CapabilityError(
-                "parquet needs the package pyarrow, which is not installed. In the checkout: pip install -e '.[parquet]'"
+                "parquet needs the package pyarrow, which is not here. In the checkout: pip install -e '.[parquet]'"
             )
         files = _parts(find_files(inputs.path))
         columns = _same_columns(files, inputs.image_column or "image", inputs.label_column or "label")
