@@ -87,7 +87,9 @@ def write_loops(loops: dict[str, Any], position: Position, steps_per_epoch: int,
     fit["epoch_loop.scheduler_progress"] = both
     zero = {k: {**v, "started": v["completed"]} for k, v in both.items()}
     fit["epoch_loop.automatic_optimization.optim_progress"] = {"optimizer": {"step": both, "zero_grad": zero}}
-    fit["epoch_loop.state_dict"] = {"_batches_that_stepped": max(0, done - 1)}
+    # Lightning counts a step after it has saved, and adds the missing one when it restarts, but not between epochs.
+    counted = done if at_end and position.validated else max(0, done - 1)
+    fit["epoch_loop.state_dict"] = {"_batches_that_stepped": counted}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
