@@ -97,12 +97,15 @@ def check_samples(straight: Path, resumed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, [25], pytest.param(10, marks=pytest.mark.long)], ids=["3", "new epoch", "10"])
 def test_killed(
-    start_with: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, kills: int
+    start_with: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, kills: int | list[int]
 ) -> None:
-    """`kill -9` at random steps of 36; the last result of ten is in docs/faults.md."""
-    steps = sorted(random.SystemRandom().sample(range(1, 36), kills))
+    """`kill -9` at random steps of 36, and in the first one of an epoch, so that the run goes on from between two.
+
+    The last result of ten is in docs/faults.md.
+    """
+    steps = kills if isinstance(kills, list) else sorted(random.SystemRandom().sample(range(1, 36), kills))
     print("killed after steps", steps)
     words = (*RECIPE, *small, EVERY, "run.dir=killed", "data.audit=killed.txt", "--resume", "auto")
     for step in steps:
