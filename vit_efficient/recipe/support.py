@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from vit_efficient.machine import PACKAGES, Gpu, Machine
+from vit_efficient.machine import PACKAGES, Gpu, Launch, Machine
 from vit_efficient.recipe.compat import check, resolve
 from vit_efficient.recipe.load import load_recipe
 
@@ -175,6 +176,10 @@ def _cell(words: Sequence[str], machine: Machine, reasons: list[str], precision:
     (variant,) = (word for word in words if "=" not in word)
     settings = [word for word in words if "=" in word]
     recipe = load_recipe(variant, ["data.batch_size=64", *settings]).recipe
+    nodes = getattr(recipe.strategy, "nodes", 1)
+    if nodes > 1:  # as Slurm or torchrun start them
+        each = len(machine.gpus)
+        machine = replace(machine, launch=Launch("srun", nodes * each, nodes, each))
     found = [f"`{problem.path}` {problem.message}" for problem in check(recipe, machine, trains=True)]
     reasons += [reason for reason in dict.fromkeys(found) if reason not in reasons]
     if found:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_efficient.machine import Gpu, Machine
+from vit_efficient.machine import Gpu, Launch, Machine
 from vit_efficient.recipe.compat import caveats, check, devices, resolve
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -137,13 +139,21 @@ def test_batches_that_do_not_divide() -> None:
     nodes=st.integers(1, 3),
 )
 def test_no_batch_problem_means_that_it_divides(batch: int, micro: int | None, here: int, nodes: int) -> None:
-    machine = Machine((A100,) * here, "", 64, PACKAGES)
+    launch = Launch("srun", here * nodes, nodes, here) if nodes > 1 else None
+    machine = Machine((A100,) * here, "", 64, PACKAGES, launch)
     asked = recipe("strategy=ddp", f"strategy.nodes={nodes}", f"data.batch_size={batch}")
     asked = asked.model_copy(update={"strategy": asked.strategy.model_copy(update={"micro_batch": micro})})
     found, _ = resolve(asked, machine)
     assert found.strategy.micro_batch is not None
     divides = batch % (here * nodes * found.strategy.micro_batch) == 0
     assert (check(asked, machine) == []) == divides
+
+
+def test_nodes_that_nobody_starts_are_refused() -> None:
+    """The first would wait for the others in vain."""
+    assert "`python -m vit_efficient.submit`" in problems(NODE, "strategy=ddp", "strategy.nodes=2")["strategy.nodes"]
+    started = replace(NODE, launch=Launch("torchrun", 2 * len(NODE.gpus), 2))
+    assert problems(started, "strategy=ddp", "strategy.nodes=2") == {}
 
 
 def test_shards_are_needed_where_nothing_prepares_itself() -> None:
