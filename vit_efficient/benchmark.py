@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from vit_efficient.cli import Parser, base_parser, output_file, run_command
+from vit_efficient.cli import Parser, above_zero, base_parser, output_file, run_command
 from vit_efficient.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def model_parser() -> Parser:
         help="of torch.compile, for all that are compiled: default, reduce-overhead, max-autotune or "
         "max-autotune-no-cudagraphs (compiled-graph takes the latter of the two)",
     )
-    words.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of each (default 5)")
+    words.add_argument("--rounds", type=above_zero, default=5, metavar="N", help="turns of each (default 5)")
     words.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of a turn, about (default 0.5)")
     words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
@@ -103,29 +103,19 @@ def data_parser() -> Parser:
         allow_abbrev=False,
     )
     words.add_argument("shards", nargs="?", metavar="SHARDS", help="as `data.shards`; images to decode and load")
-    words.add_argument("--images", type=_positive, default=500, metavar="N", help="how many are decoded (default 500)")
-    words.add_argument("--size", type=_positive, default=224, help="pixels a side of the result (default 224)")
+    words.add_argument("--images", type=above_zero, default=500, metavar="N", help="how many are decoded (default 500)")
+    words.add_argument("--size", type=above_zero, default=224, help="pixels a side of the result (default 224)")
     words.add_argument("--interpolation", choices=["bilinear", "bicubic"], default="bilinear")
-    words.add_argument("--repetitions", type=_positive, default=5, metavar="N", help="of all pipelines (default 5)")
-    words.add_argument("--workers", type=_positive, nargs="+", metavar="N", help="loader processes to try")
-    words.add_argument("--batch-size", type=_positive, default=256, metavar="N", help="of the loader (default 256)")
+    words.add_argument("--repetitions", type=above_zero, default=5, metavar="N", help="of all pipelines (default 5)")
+    words.add_argument("--workers", type=above_zero, nargs="+", metavar="N", help="loader processes to try")
+    words.add_argument("--batch-size", type=above_zero, default=256, metavar="N", help="of the loader (default 256)")
     words.add_argument("--seconds", type=float, default=5.0, metavar="S", help="each loader is timed for (default 5)")
     words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
 def _batches(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(above_zero(part) for part in text.split(",")))
 
 
 def _hows(text: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vit_efficient.cli import Parser, base_parser, output_file
+from vit_efficient.cli import Parser, above_zero, base_parser, output_file
 from vit_efficient.cluster.early import StoppedOutside, stop_at_once
 from vit_efficient.engine.contenders import load_entry
 from vit_efficient.engine.entries import Entry
@@ -80,22 +80,16 @@ def parser() -> Parser:
     words.add_argument(
         "--batch", type=_numbers, default=(64,), metavar="B,B", help="images of each device in a step (default 64)"
     )
-    words.add_argument("--steps", type=_positive, default=25, metavar="N", help="measured in a run (default 25)")
-    words.add_argument("--warm-up", type=_positive, default=8, metavar="N", help="steps before them (default 8)")
-    words.add_argument("--rounds", type=_positive, default=2, metavar="N", help="runs of each, in turn (default 2)")
+    words.add_argument("--steps", type=above_zero, default=25, metavar="N", help="measured in a run (default 25)")
+    words.add_argument("--warm-up", type=above_zero, default=8, metavar="N", help="steps before them (default 8)")
+    words.add_argument("--rounds", type=above_zero, default=2, metavar="N", help="runs of each, in turn (default 2)")
     words.add_argument("--memory", type=float, metavar="GIB", help="hold each process to so much of its GPU")
     words.add_argument("--output", type=output_file, metavar="FILE.json", help="write the figures to this file")
     return words
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(above_zero(part) for part in text.split(",")))
 
 
 def main(arguments: Sequence[str], console: Console) -> None:
