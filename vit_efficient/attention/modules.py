@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, D width, H heads, E head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -26,6 +27,9 @@ class Arguments(TypedDict):
     rope: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
+
+
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 
 
 class BackendAttention(nn.Module):
@@ -92,6 +96,9 @@ class SelfAttention(BackendAttention):
     proj: nn.Module
     proj_drop: nn.Module
     padding: TokenPadding | None = None  # where sequences are filled up: which tokens can be looked at
+    into_heads: Callable[[SelfAttention, Tensor], Heads | None] | None = (
+        None  # for `split_heads`, of a fused projection
+    )
 
     def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
         super().__init__(original, backend)
@@ -165,6 +172,8 @@ class SelfAttention(BackendAttention):
         if self.qkv is None:
             return self.split_heads(self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND))
         qkv, bias = self.qkv(x_BND), self.separate_bias()
+        if self.into_heads is not None and (found := self.into_heads(self, qkv)) is not None:
+            return found
         return self.split_heads(qkv if bias is None else qkv + bias.to(qkv.dtype))
 
     def separate_bias(self) -> Tensor | None:

@@ -22,11 +22,10 @@ from vit_efficient.measure.memory import weight_bytes
 from vit_efficient.measure.models import Absent, Contender, Step, collect
 from vit_efficient.measure.trouble import EXPECTED, said, works
 from vit_efficient.model.backbone import create_backbone
-from vit_efficient.model.build import DTYPES, Built, build_model
+from vit_efficient.model.build import DTYPES, Built, build_model, prepare_training
 from vit_efficient.model.fused import fuse_blocks
 from vit_efficient.model.module import learning_rate
 from vit_efficient.model.optim import build_optimizer
-from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.quantization.calibrate import FEWEST, calibrate
 from vit_efficient.quantization.calibration import CalibrationConfig
 from vit_efficient.quantization.int8_layers import learn_scales
@@ -222,7 +221,7 @@ def _trained(entry: Entry, recipe: Recipe, device: torch.device, tell: Callable[
     if entry.stock:
         call = torch.compile(model, dynamic=False) if recipe.strategy.compile else model
     else:
-        prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
+        prepare_training(built, recipe)
     dtype = DTYPES[recipe.quantization.precision]
     held, optim = weight_bytes(model), recipe.optim
     lr = learning_rate(optim, recipe.quantization)

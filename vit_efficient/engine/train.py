@@ -29,11 +29,10 @@ from vit_efficient.engine.trainer import accumulate, build_trainer, quiet
 from vit_efficient.errors import UserError
 from vit_efficient.machine import Machine, rank
 from vit_efficient.measure.record import environment
-from vit_efficient.model.build import Built, build_model
+from vit_efficient.model.build import Built, build_model, prepare_training
 from vit_efficient.model.distill import Teacher, build_teacher
 from vit_efficient.model.module import ViTModule, learning_rate
 from vit_efficient.parallel.full import is_sharded, unshard
-from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.recipe.load import dump_recipe
 from vit_efficient.recipe.schema import Recipe
 
@@ -50,7 +49,7 @@ def make_module(
     recipe: Recipe, built: Built, data: ViTDataModule, transforms: DeviceTransforms, teacher: Teacher | None = None
 ) -> ViTModule:
     """The LightningModule of a recipe, its blocks prepared for training."""
-    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
+    prepare_training(built, recipe)
     return ViTModule(
         built.model,
         transforms,

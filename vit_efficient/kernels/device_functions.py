@@ -165,3 +165,18 @@ def gelu(y):
     tail = tl.fma(u, tail, -0.18666867889786506)
     density = _exp2(y * y * -0.7213475204444817)  # log2(e) / 2
     return tl.fma(size * density, u * tail, tl.maximum(y, 0.0))
+
+
+@triton.jit
+def gelu_slope(y):
+    """The derivative of `gelu`'s erf form, within 4e-5: the normal distribution below y, and y times its density.
+
+    The distribution beyond |y| is ``u * P(u) * exp(-y * y / 2)``, of `gelu`'s u and P.
+    """
+    u = _reciprocal(tl.fma(tl.abs(y), 0.44, 1.0))
+    beyond = tl.fma(u, -0.12218806255643279, 0.33696019724467313)
+    beyond = tl.fma(u, beyond, 0.09853260497599234)
+    beyond = tl.fma(u, beyond, 0.18666867889786506)
+    density = _exp2(y * y * -0.7213475204444817)
+    beyond = beyond * u * density
+    return tl.fma(y * density, 0.3989422804014327, tl.where(y < 0, beyond, 1.0 - beyond))

@@ -15,10 +15,12 @@ from vit_efficient.model import stochastic_depth
 from vit_efficient.model.adapt import FreshHead
 from vit_efficient.model.backbone import Backbone, create_backbone
 from vit_efficient.model.gelu import shorten_gelu
+from vit_efficient.model.late_bias import late_biases
 from vit_efficient.model.narrow import widen
 from vit_efficient.model.origin import Origin
 from vit_efficient.model.patches import patches_as_product
 from vit_efficient.model.weights import is_quantized
+from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.quantization.base import Report
 from vit_efficient.recipe.schema import ModelConfig, Recipe
 
@@ -132,3 +134,16 @@ def build_model(recipe: Recipe, num_classes: int, *, base: str | None = None) ->
         assert backbone.weights_source is not None, "a hash is of something"
         origin = Origin(backbone.weights_source, backbone.weights_digest)
     return Built(model, backbone.image, report, list(backbone.notes), parameters, origin, backbone.fresh_head)
+
+
+def prepare_training(built: Built, recipe: Recipe) -> None:
+    """Prepare a model's blocks for training steps, in place, before a strategy cuts it up.
+
+    Args:
+        built: of `build_model`.
+        recipe: resolved; its strategy says whether blocks are compiled and recomputed.
+    """
+    compiled = recipe.strategy.compile
+    if compiled and recipe.quantization.name == "none" and recipe.quantization.lora is None:
+        late_biases(built.model)
+    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=compiled)

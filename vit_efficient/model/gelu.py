@@ -29,12 +29,17 @@ def tail(y: Tensor) -> tuple[Tensor, Tensor]:
     return ((u * P[3] + P[2]) * u + P[1]).mul(u).add(P[0]) * u * density, density
 
 
+def values(x: Tensor) -> Tensor:
+    """GELU without its gradient, in the dtype of x."""
+    y = x.to(torch.float32)
+    return (y.clamp_min(0) - y.abs() * tail(y)[0]).to(x.dtype)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
-        y = x.to(torch.float32)
-        return (y.clamp_min(0) - y.abs() * tail(y)[0]).to(x.dtype)
+        return values(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -170,3 +170,25 @@ def test_int4(
     if capability == 90:
         assert "wgmma" in made.asm["ptx"]
         assert not serialized(made.asm["ptx"], tmp_path)
+
+
+@inside
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("op", ["gelu", "heads first", "tokens first"])
+def test_gradients_with_their_sums(op: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit_efficient.kernels.bias_gradient import triton as kernels
+
+    monkeypatch.setattr(kernels, "processors", lambda device, elsewhere: 132)
+    name = "_gelu_kernel" if op == "gelu" else "_heads_kernel"
+    recorder = Recorder(getattr(kernels, name))
+    monkeypatch.setattr(kernels, name, recorder)
+    if op == "gelu":
+        kernels.gelu_gradient(*torch.empty(2, 788, 4096, dtype=torch.bfloat16).unbind(0))
+    else:
+        shape = (4, 16, 197, 64) if op == "heads first" else (4, 197, 16, 64)
+        given = torch.empty(3, *shape, dtype=torch.bfloat16)
+        kernels.heads_gradient(*(given if op == "heads first" else given.transpose(2, 3)).unbind(0))
+    made = compiled(recorder, capability)
+    assert made.metadata.shared <= SHARED_MEMORY[capability]
+    assert "ld.global.v4" in made.asm["ptx"]  # 16 bytes at once
+    assert "st.global.v4" in made.asm["ptx"]

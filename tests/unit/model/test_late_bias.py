@@ -1,0 +1,167 @@
+"""Late biases: where they are taken, and that gradients are those of plain autograd."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import GluMlp
+from torch import Tensor, nn
+
+from vit_efficient.attention.sdpa import SdpaBackend
+from vit_efficient.attention.swap import swap_attention
+from vit_efficient.model import late_bias
+from vit_efficient.model.build import for_speed
+from vit_efficient.model.gelu import CompiledGELU, gelu
+from vit_efficient.model.late_bias import LateBias, LateGELU, late_biases
+from vit_efficient.parallel.order import prepare_blocks
+
+
+def vit(**words: Any) -> Any:
+    """Two blocks of a small ViT, as a recipe has them."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes | words)
+    for parameter in model.parameters():  # timm begins with biases of 0
+        nn.init.normal_(parameter, std=0.2)
+    for_speed(model)
+    swap_attention(model, SdpaBackend())
+    return model.train()
+
+
+def gradients(model: Any, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def near(found: dict[str, Tensor], expected: dict[str, Tensor], most: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (found[name].float() - wanted.float()).norm() <= most * wanted.float().norm(), name
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late on every device, in every precision, compiled or not; GELU's polynomial for both."""
+    monkeypatch.setattr(late_bias, "late", lambda x: torch.is_grad_enabled())
+    monkeypatch.setattr(CompiledGELU, "forward", lambda self, x: gelu(x))
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+def test_gradients_are_those_of_plain_autograd(compile: bool, checkpointing: bool) -> None:
+    plain, x = vit(), torch.randn(3, 3, 32, 32)
+    model = copy.deepcopy(plain)
+    late_biases(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    if compile:
+        torch.compiler.reset()
+    for block in model.blocks:
+        prepare_blocks([block], checkpointing=checkpointing, compile=False)
+        if compile:
+            block.compile(backend="aot_eager", fullgraph=True)
+    near(gradients(model, x), gradients(plain, x))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain.eval()(x))
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("part", ["gelu", "heads"])
+def test_each_alone(part: str) -> None:
+    plain, x = vit(), torch.randn(3, 3, 32, 32)
+    model = copy.deepcopy(plain)
+    late_biases(model)
+    for block in model.blocks:
+        if part == "gelu":
+            block.attn.into_heads, block.attn.qkv.__class__ = None, nn.Linear
+        else:
+            block.mlp.act, block.mlp.fc1.__class__ = copy.deepcopy(plain.blocks[0].mlp.act), nn.Linear
+    near(gradients(model, x), gradients(plain, x))
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_copy_has_its_own_biases_and_frozen_ones_no_gradient() -> None:
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    late_biases(model)
+    other = copy.deepcopy(model)
+    assert other.blocks[0].mlp.act.layer[0] is other.blocks[0].mlp.fc1
+    other.blocks[0].mlp.fc1.bias.requires_grad_(False)
+    other.blocks[1].attn.qkv.bias.requires_grad_(False)
+    other(x).sum().backward()
+    assert other.blocks[0].mlp.fc1.bias.grad is None
+    assert other.blocks[1].attn.qkv.bias.grad is None
+    assert other.blocks[1].mlp.fc1.bias.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_bias_that_was_replaced_is_the_one_that_is_trained() -> None:
+    """As FSDP2 does it around a forward pass."""
+    model, x = vit(), torch.randn(2, 3, 32, 32)
+    late_biases(model)
+    fc1, before = model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc1.bias
+    fc1.bias = nn.Parameter(before.detach().clone())
+    model(x).sum().backward()
+    assert before.grad is None
+    assert fc1.bias.grad is not None
+
+
+def test_only_plain_layers() -> None:
+    class Other(nn.Linear):
+        pass
+
+    model = vit(qkv_bias=False)
+    model.blocks[0].mlp.fc1.__class__ = Other
+    model.blocks[1].mlp = GluMlp(24, 96, act_layer=type(model.blocks[1].mlp.act))
+    late_biases(model)
+    assert not any(isinstance(module, LateBias | LateGELU) for module in model.modules())
+    assert all(block.attn.into_heads is None for block in model.blocks)
+
+
+def test_on_a_cpu_it_is_pytorchs_own() -> None:
+    plain, x = vit(), torch.randn(3, 3, 32, 32)
+    model = copy.deepcopy(plain)
+    late_biases(model)
+    late_biases(model)  # twice is once
+    for name, found in gradients(model, x).items():
+        assert torch.equal(found, dict(gradients(plain, x))[name])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_programs_ask_without_a_break(autocast: bool) -> None:
+    """The question itself, with nothing patched, is a constant of the program, on a CPU no."""
+    torch.compiler.reset()
+    layer = torch.compile(lambda x: (late_bias.late(x), x + 1), backend="eager", fullgraph=True)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=autocast):
+        assert layer(torch.ones(3))[0] is False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_in_bf16_on_a_gpu(checkpointing: bool) -> None:
+    torch.compiler.reset()
+    plain, x = vit(embed_dim=192).cuda(), torch.randn(16, 3, 32, 32, device="cuda")
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    model = copy.deepcopy(plain)
+    late_biases(model)
+    prepare_blocks(model.blocks, checkpointing=checkpointing, compile=True)
+    wanted = gradients(plain, x)
+    called = []
+    from vit_efficient.kernels.bias_gradient import triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gelu_gradient", "heads_gradient"):
+            inner = getattr(triton, name)
+            patch.setattr(triton, name, lambda *given, name=name, inner=inner: (called.append(name), inner(*given))[1])
+        with torch.autocast("cuda", torch.bfloat16):
+            found = gradients(model, x)
+    assert sorted(called) == ["gelu_gradient"] * 2 + ["heads_gradient"] * 2
+    near(found, wanted, 2e-2)
