@@ -29,6 +29,19 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def fetch_rows(at, size):
+    """Ask for rows of `size` bytes, each a pointer in `at`, to come into the L2 cache; all of it multiples of 16.
+
+    May come before the wait: nothing is read, and what the kernel before still writes goes through the same cache.
+    Not for the interpreter.
+    """
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }", "=r,l,r",
+        [at.to(tl.uint64, bitcast=True), size + tl.zeros(at.shape, tl.int32)], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def divide(x, divisor, reciprocal):
     """``x / divisor``, where `reciprocal` is ``div_rn(1, divisor)``: one product and two fused steps.
 
