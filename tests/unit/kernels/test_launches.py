@@ -120,7 +120,8 @@ def test_heads_and_images_are_as_many_as_they_are(form: str, launches: Launches)
         (True, 5000, 64, 64, 0, False),  # several tiles a program
         (True, 5, 63, 64, 0, False),
         (True, 5, 64, 65, 0, False),
-        (True, 5, 64, 96, 1, False),
+        (True, 5, 64, 80, 0, False),
+        (True, 5, 64, 64, 1, False),
     ],
 )
 def test_weights_are_asked_for_ahead_where_they_can_be(
@@ -129,8 +130,8 @@ def test_weights_are_asked_for_ahead_where_they_can_be(
 ) -> None:  # fmt: skip
     if overlapped:
         monkeypatch.setattr(linear, "overlap", lambda device: {"OVERLAP": True, "launch_pdl": True})
-    x, weights = torch.zeros(rows, inputs, dtype=torch.int8), torch.zeros(16, stride, dtype=torch.int8)
-    weights = weights[:, first : first + inputs]
+    x, memory = torch.zeros(rows, inputs, dtype=torch.int8), torch.zeros(16 * stride + first, dtype=torch.int8)
+    weights = memory[first:].view(16, stride)[:, :inputs]
     scales = torch.ones(16, 1)
     linear.launch(x, torch.ones(rows, 1), weights, scales, None, linear.Form(), False, torch.empty(rows, 16))
     given = launches.arguments[linear_kernel.arg_names.index("weights")]

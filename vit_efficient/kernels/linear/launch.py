@@ -54,8 +54,8 @@ def describable(x: Tensor) -> bool:
 
 
 def fetchable(q_NK: Tensor) -> bool:
-    """Whether rows of codes can be asked for ahead of their use, as whole blocks of 16 bytes."""
-    return all(size % ALIGNMENT == 0 for size in (q_NK.shape[1], q_NK.stride(0), q_NK.data_ptr()))
+    """Whether codes can be asked for ahead of their use: without gaps, each row whole blocks of 16 bytes."""
+    return q_NK.is_contiguous() and q_NK.shape[1] % ALIGNMENT == 0 == q_NK.data_ptr() % ALIGNMENT
 
 
 def launch(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from vit_efficient.kernels.device_functions import (
-    fetch_rows,
+    fetch,
     gelu,
     given_scales,
     of_columns,
@@ -248,14 +248,14 @@ def linear_kernel(
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over (by pointers, BLOCK_K of them if
     that is more); 0: all of them. PARTS: that a tile is finished in, side by side. ALONE: each program has one tile,
     whole; what its end needs is loaded before the product, and waits for nothing behind it. `weights`, if given (ALONE
-    and OVERLAP): the pointer behind `b`, whose rows come into the cache while the kernel before still runs.
+    and OVERLAP): the pointer behind `b`, gapless, for what comes into the cache while the kernel before still runs.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
     if weights is not None:
         early_m, early_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
-        if early_m == 0:  # the tiles below take the same weights
-            early = tl.minimum(early_n * STEP_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-            fetch_rows(weights + early * b_stride, K)
+        early = early_n * STEP_N
+        size = tl.minimum(STEP_N, N - early) * K
+        fetch(weights + early.to(tl.int64) * K, size, early_m, tiles_m)  # tiles of one column share them
     wait_for_previous(OVERLAP)
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
     if ALONE:
