@@ -18,6 +18,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which k
 ROUNDER = tl.constexpr(12582912.0)
 # Smallest normal float32: `SMALLEST_SCALE` of the definitions.
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
+MOST_FETCHED = tl.constexpr(2**20 - 16)  # bytes of one request: sm_90 counts its 16 bytes in 16 bits
 
 
 @triton.jit
@@ -26,6 +27,25 @@ def wait_for_previous(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def fetch(at, size, share, shares):
+    """Ask for one of some equal shares of the `size` bytes behind a pointer to come into the L2 cache; both are
+    multiples of 16.
+
+    May come before the wait: nothing is read, and what the kernel before still writes goes through the same cache.
+    Each warp asks once: all its threads name one address, and different ones would be served one after the other.
+    Not for the interpreter.
+    """
+    WARPS: tl.constexpr = tl.extra.cuda.num_warps()
+    warp = tl.arange(0, 32 * WARPS) // 32
+    part = tl.minimum(tl.cdiv(size, shares * (WARPS * 16)) * 16, MOST_FETCHED)
+    start = tl.minimum((share * WARPS + warp) * part, size - part)
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }", "=r,l,r",
+        [(at + start).to(tl.uint64, bitcast=True), part + tl.zeros(start.shape, tl.int32)], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -2,7 +2,9 @@
 
 At batch 1 a ViT-L is some two hundred kernels of a few microseconds, and what lies between two of them counts as much.
 A kernel launched so waits (`device_functions.wait_for_previous`) before it reads or writes any memory; weights too, as
-training makes their codes in the kernel before. Then it lets the next one start. CUDA graphs keep these edges.
+training makes their codes in the kernel before. Then it lets the next one start. CUDA graphs keep these edges. What
+comes before the wait is asking for weights (`device_functions.fetch`): a hint to the cache that all writes of the
+kernel before go through too, so it may come too early and is never stale.
 """
 
 from __future__ import annotations

@@ -94,14 +94,16 @@ def is_alone(tile: Tile, step: int, shape: Shape, chip: str) -> bool:
 
 def linear_layer(
     chip: str, op: str, name: str, full: bool = True, shape: Shape = MANY, table: str = ""
-) -> tuple[Any, Tile]:
-    """The kernel with the shipped tile; of fp8 sums `full`, if the operator's are.
+) -> tuple[Any, Tile, bool]:
+    """The kernel with the shipped tile, of fp8 sums `full`, if the operator's are; and whether it asks for its weights
+    before it waits, as a launch would have it.
 
     Args:
         table: the chip by name, if it has tiles of its own.
     """
     name, _, vectors = name.partition(" ")
-    found = pick(_shipped()[table or _listed(chip, _shipped())], f"{op}.{name}", shape)
+    tables, op_name = _shipped(), f"{op}.{name}"
+    found = pick(tables.get(table, []), op_name, shape) or pick(tables[_listed(chip, tables)], op_name, shape)
     assert found is not None
     form = form_of(name)
     tile, step, head_block = fit(found, form)
@@ -116,6 +118,9 @@ def linear_layer(
         types["b"] = f"tensordesc<{code}[{tile.block_n}, {tile.block_k}]>"
         if form.layout == "rows":
             types["out"] = f"tensordesc<{out}[{tile.block_m}, {tile.block_n // tile.parts}]>"
+    early = described and alone
+    if early:
+        types["weights"] = f"*{code}"
     if form.quant != "none":
         types["scales"] = "*fp32"
     if form.quant == "static":
@@ -135,7 +140,7 @@ def linear_layer(
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STEP_N": step, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    return compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages, tile.registers), tile
+    return compiled(linear_kernel, types, constants, chip, tile.warps, tile.stages, tile.registers), tile, early
 
 
 LAYERS = (  # of a ViT-L block, those that take most shared memory first; the fourth is q of a split projection
@@ -184,19 +189,27 @@ def test_full_sums_are_added_outside_the_matrix_units_of_ada(name: str, tmp_path
     """One addition more for each number that a thread sums, every block of inputs; and registers for both."""
     added = []
     for full in (False, True):
-        kernel, tile = linear_layer("sm_89", "fp8_linear", name, full)
+        kernel, tile, _ = linear_layer("sm_89", "fp8_linear", name, full)
         assert tile.block_k <= PROMOTE
         assert spills(kernel.asm["ptx"], tmp_path) == [0, 0]
         added.append(len(re.findall(r"add(?:\.rn)?\.f32", kernel.asm["ptx"])))
     assert added[1] - added[0] == tile.block_m * tile.block_n // (tile.warps * 32)
 
 
-def waits_first(ptx: str, overlapped: bool) -> None:
-    """Of a kernel that starts while the one before it runs: nothing is read or written before it has waited."""
+FETCH = r"cp\.async\.bulk\.prefetch\.L2\.global \["  # into the cache: nothing is read
+
+
+def waits_first(ptx: str, overlapped: bool, early: bool = False) -> None:
+    """Of a kernel that starts while the one before it runs: nothing is read or written before it has waited; it asks
+    for its weights before, if `early`, and never after."""
+    assert bool(re.search(FETCH, ptx)) == early
     assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == overlapped
     if overlapped:
-        before = ptx[ptx.index("{", ptx.index(".entry")) :].partition("griddepcontrol.wait")[0]
-        assert not re.search(r"\b(ld|st)\.global|cp\.async|\batom\b|\bred\.", before)
+        body = ptx[ptx.index("{", ptx.index(".entry")) :]
+        before, _, after = body.partition("griddepcontrol.wait")
+        assert bool(re.search(FETCH, before)) == early
+        assert not re.search(FETCH, after)
+        assert not re.search(r"\b(ld|st)\.global|cp\.async|\batom\b|\bred\.", re.sub(FETCH, "", before))
 
 
 @pytest.mark.parametrize(("chip", "op", "name"), LINEAR)
@@ -204,7 +217,15 @@ def test_linear_layers(chip: str, op: str, name: str) -> None:
     fits(chip, *linear_layer(chip, op, name))
 
 
-def fits(chip: str, kernel: Any, tile: Tile, measured: bool = False) -> None:
+@pytest.mark.parametrize("op", ["int8_linear", "fp8_linear", "fp8_linear_fast"])
+@pytest.mark.parametrize(("name", "inputs", "outputs"), LAYERS)
+def test_one_image_asks_for_its_weights_before_it_waits(op: str, name: str, inputs: int, outputs: int) -> None:
+    kernel, tile, early = linear_layer("sm_90", op, name, shape=Shape(197, inputs, outputs), table="NVIDIA H200")
+    assert early
+    fits("sm_90", kernel, tile, early, measured=True)
+
+
+def fits(chip: str, kernel: Any, tile: Tile, early: bool, measured: bool = False) -> None:
     """A kernel has its memory, as many times as programs share a multiprocessor, and uses what the chip has.
 
     A tile that was `measured` may name more programs than fit at once: the rest starts when they have ended.
@@ -214,7 +235,7 @@ def fits(chip: str, kernel: Any, tile: Tile, measured: bool = False) -> None:
     assert measured or (kernel.metadata.shared + 1024) * tile.programs <= OF_A_PROCESSOR[chip]
     assert ("wgmma.mma_async" if chip == "sm_90" else "mma.sync") in kernel.asm["ptx"]
     assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == described
-    waits_first(kernel.asm["ptx"], described)
+    waits_first(kernel.asm["ptx"], described, early)
 
 
 @pytest.mark.parametrize("ones", [("M", "tokens"), ("N", "residual_stride"), ("K", "a_stride", "b_stride")])

@@ -19,6 +19,7 @@ from vit_efficient.kernels.int4_linear import triton as int4_linear
 from vit_efficient.kernels.int8_attention import triton as int8_attention
 from vit_efficient.kernels.layernorm_quant import triton as layernorm_quant
 from vit_efficient.kernels.linear import launch as linear
+from vit_efficient.kernels.linear.triton import linear_kernel
 from vit_efficient.kernels.quantize import triton as quantize
 
 MOST_ALONG_Y = 65_535  # programs, and along z; along x 2**31 - 1
@@ -30,6 +31,7 @@ class Launches:
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
         self.on: list[Tensor] = []
+        self.arguments: tuple[Any, ...] = ()
 
     @contextlib.contextmanager
     def device_of(self, x: Tensor) -> Iterator[None]:
@@ -41,6 +43,7 @@ class Launches:
         def launch(*arguments: Any, **options: Any) -> None:
             assert self.on, "launched on whichever device is current"
             self.grids.append(grid)
+            self.arguments = arguments
 
         return launch
 
@@ -107,3 +110,30 @@ def test_heads_and_images_are_as_many_as_they_are(form: str, launches: Launches)
     for first, *others in launches.grids:
         assert first >= 70_000
         assert all(other <= MOST_ALONG_Y for other in others)
+
+
+@pytest.mark.parametrize(
+    ("overlapped", "rows", "inputs", "stride", "first", "early"),
+    [
+        (True, 5, 64, 64, 0, True),
+        (False, 5, 64, 64, 0, False),  # the interpreter, which knows no PTX, and GPUs before sm_90
+        (True, 5000, 64, 64, 0, False),  # several tiles a program
+        (True, 5, 63, 64, 0, False),
+        (True, 5, 64, 65, 0, False),
+        (True, 5, 64, 80, 0, False),
+        (True, 5, 64, 64, 1, False),
+    ],
+)
+def test_weights_are_asked_for_ahead_where_they_can_be(
+    overlapped: bool, rows: int, inputs: int, stride: int, first: int, early: bool, launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if overlapped:
+        monkeypatch.setattr(linear, "overlap", lambda device: {"OVERLAP": True, "launch_pdl": True})
+    x, memory = torch.zeros(rows, inputs, dtype=torch.int8), torch.zeros(16 * stride + first, dtype=torch.int8)
+    weights = memory[first:].view(16, stride)[:, :inputs]
+    scales = torch.ones(16, 1)
+    linear.launch(x, torch.ones(rows, 1), weights, scales, None, linear.Form(), False, torch.empty(rows, 16))
+    given = launches.arguments[linear_kernel.arg_names.index("weights")]
+    assert (given is not None) == early
+    assert given is None or given.data_ptr() == weights.data_ptr()

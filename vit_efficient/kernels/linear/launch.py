@@ -19,7 +19,7 @@ from vit_efficient.kernels.overlap import overlap, processors
 from vit_efficient.kernels.rows import vector, with_rows
 from vit_efficient.kernels.tuning import Shape, Tile, choose
 
-ALIGNMENT = 16  # bytes, of what descriptors describe
+ALIGNMENT = 16  # bytes, of what descriptors describe, and of what is asked for ahead of its use
 PROMOTE = 128  # products that `full` fp8 sums leave to the matrix units before float32 takes over
 
 
@@ -51,6 +51,11 @@ def describable(x: Tensor) -> bool:
     """Whether a matrix can be described to the copy engine."""
     aligned = x.data_ptr() % ALIGNMENT == 0 and x.stride(0) * x.element_size() % ALIGNMENT == 0
     return x.stride(1) == 1 and aligned and _has_copy_engine(x.device)
+
+
+def fetchable(q_NK: Tensor) -> bool:
+    """Whether codes can be asked for ahead of their use: without gaps, each row whole blocks of 16 bytes."""
+    return q_NK.is_contiguous() and q_NK.shape[1] % ALIGNMENT == 0 == q_NK.data_ptr() % ALIGNMENT
 
 
 def launch(
@@ -96,13 +101,16 @@ def launch(
     through = through and not alone
     added = TensorDescriptor.from_tensor(residual_MN, part) if through else residual_MN
     grid = (min(tiles, programs),)
+    launched = overlap(q_MK.device)
+    # A program of several tiles could ask for the first one's weights only; those of few rows are read once.
+    early = alone and launched["OVERLAP"] and fetchable(q_NK)
     with torch.cuda.device_of(q_MK):
         linear_kernel[grid](
             TensorDescriptor.from_tensor(q_MK, [tile.block_m, tile.block_k]) if descriptors else q_MK,
             TensorDescriptor.from_tensor(q_NK, [tile.block_n, tile.block_k]) if descriptors else q_NK,
             scale_M1.contiguous(), scale_N1.contiguous(), vector(bias_N), added, vector(gamma_N), described_out,
             out_scale, vector(shift_N), vector(smooth_N), vector(reciprocal_N), scales,
-            rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
+            q_NK if early else None, rows, outputs, inputs, q_MK.stride(0), q_NK.stride(0),
             0 if residual_MN is None else residual_MN.stride(0), form.tokens,
             FP8=fp8, PROMOTE=min(PROMOTE, tile.block_k) if fp8 and not fast else 0,
             LAYOUT=form.layout, GELU=form.gelu, QUANT=form.quant, LARGEST=chosen.largest, INTEGER=chosen.is_integer,
@@ -111,7 +119,7 @@ def launch(
             HEADS=form.heads, WIDTH=form.width, HEAD_BLOCK=head_block,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEP_N=step, GROUP=tile.group,
             PARTS=tile.parts, RESIDUAL_DESCRIPTOR=through, ALONE=alone, **tile.options, enable_fp_fusion=False,
-            **overlap(q_MK.device),
+            **launched,
         )  # fmt: skip
 
 

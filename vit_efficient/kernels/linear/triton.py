@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from vit_efficient.kernels.device_functions import (
+    fetch,
     gelu,
     given_scales,
     of_columns,
@@ -231,7 +232,7 @@ def _product(
 
 @triton.jit
 def linear_kernel(
-    a, b, row_scale, column_scale, bias, residual, gamma, out, out_scale, shift, smooth, reciprocal, scales,
+    a, b, row_scale, column_scale, bias, residual, gamma, out, out_scale, shift, smooth, reciprocal, scales, weights,
     M, N, K, a_stride, b_stride, residual_stride, tokens,
     FP8: tl.constexpr, PROMOTE: tl.constexpr,
     LAYOUT: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
@@ -246,11 +247,17 @@ def linear_kernel(
 
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over (by pointers, BLOCK_K of them if
     that is more); 0: all of them. PARTS: that a tile is finished in, side by side. ALONE: each program has one tile,
-    whole; what its end needs is loaded before the product, and waits for nothing behind it.
+    whole; what its end needs is loaded before the product, and waits for nothing behind it. `weights`, if given (ALONE
+    and OVERLAP): the pointer behind `b`, gapless, for what comes into the cache while the kernel before still runs.
     """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
+    if weights is not None:
+        early_m, early_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
+        early = early_n * STEP_N
+        size = tl.minimum(STEP_N, N - early) * K
+        fetch(weights + early.to(tl.int64) * K, size, early_m, tiles_m)  # tiles of one column share them
     wait_for_previous(OVERLAP)
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
     if ALONE:
         tile_m, tile_n = _place(tl.program_id(0), tiles_m, tiles_n, GROUP)
         first_row, first_column = tile_m * BLOCK_M, tile_n * STEP_N
