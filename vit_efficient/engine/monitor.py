@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 
 from vit_efficient.engine.board import Board
 from vit_efficient.engine.figures import confusion_figure
@@ -14,6 +13,7 @@ from vit_efficient.engine.loop import RunLoop
 from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.measure.memory import peak_memory_bytes
 from vit_efficient.model.module import ViTModule
+from vit_efficient.parallel.clip import gradient_norm
 from vit_efficient.parallel.deepspeed import ZeroStrategy
 
 
@@ -51,8 +51,7 @@ class Monitor(L.Callback):
         if self._log_next(trainer) and not isinstance(
             trainer.strategy, ZeroStrategy
         ):  # after unscaling, before clipping
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.gradient_norm = float(gradient_norm(p for group in optimizer.param_groups for p in group["params"]))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

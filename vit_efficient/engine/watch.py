@@ -23,18 +23,22 @@ class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; the checkpoints on disk are finite."""
 
 
-class LossWatch:
-    """Checks every loss; on a GPU one step late, by which time its value is on the host anyway.
+AHEAD = 3  # losses on their way from the device to the host
 
-    Reading a loss at once would empty the device's queue at every step. Each loss is copied to pinned memory behind an
-    event instead and looked at when the next one has been queued; `drain` looks at all of them, before a checkpoint.
+
+class LossWatch:
+    """Checks every loss; on a GPU AHEAD micro-batches late, by which time its value is on the host anyway.
+
+    Reading a loss at once would empty the device's queue at every step, and one step late the host could never be more
+    than a step ahead, which is not enough where its steps take now less and now more than the device's. Each loss is
+    copied to pinned memory behind an event; `drain` looks at all of them, before a checkpoint.
     """
 
     def __init__(self) -> None:
         self._queue: deque[tuple[Tensor, torch.cuda.Event | None, int, list[str]]] = deque()
 
     def add(self, loss: Tensor, step: int, keys: list[str]) -> None:
-        """Take the loss of optimizer step ``step`` and look at the one before.
+        """Take the loss of optimizer step ``step``, and look at one before.
 
         Raises:
             NonFiniteLossError: naming step and samples.
@@ -48,7 +52,7 @@ class LossWatch:
         else:
             host = loss
         self._queue.append((host, event, step, keys))
-        while len(self._queue) > (1 if event is not None else 0):
+        while len(self._queue) > (AHEAD if event is not None else 0):
             self._check()
 
     def drain(self) -> None:

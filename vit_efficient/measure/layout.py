@@ -108,6 +108,7 @@ class Weights:
         block_trained: numbers in it that are trained.
         rest: bytes outside the blocks.
         unit: bytes of the largest unit of blocks that FSDP2 gathers at once, as it is gathered.
+        kept: bytes of all blocks, as they are gathered, if they stay so until the backward pass; else 0.
         unit_trained: numbers in it that are trained.
     """
 
@@ -118,6 +119,7 @@ class Weights:
     block_trained: int
     rest: int
     unit: int
+    kept: int
     unit_trained: int
 
 
@@ -147,13 +149,15 @@ def buffers(layout: Layout, weights: Weights) -> int:
     """Bytes that moving weights and gradients takes, at most at once.
 
     - ddp: none. The gradients are views of the reducer's buckets (`gradient_as_bucket_view`).
-    - fsdp: the unit at work gathered, the next one gathered ahead, and the flat buffer that it is copied out of; what
-      is outside the blocks, gathered throughout; a unit's gradients, and two float32 buffers of the
-      reduce-scatter: one filled, one on its way (`torch.distributed.fsdp`, `fully_shard`'s notes on overlap).
+    - fsdp: the unit at work gathered and the next one gathered ahead, or all that are kept, and the flat buffer that
+      one is copied out of; what is outside the blocks, gathered throughout; a unit's gradients, and two float32
+      buffers of the reduce-scatter: one filled, one on its way (`torch.distributed.fsdp`, `fully_shard`'s notes on
+      overlap).
     - deepspeed: two reduce buckets; with stage 3, blocks gathered likewise.
     """
     if layout.world == 1 or layout.kind == "ddp":
         return 0
     if layout.kind == "fsdp":
-        return 3 * weights.unit + weights.rest + 4 * weights.unit_trained * 3
+        gathered = weights.kept or 2 * weights.unit
+        return gathered + weights.unit + weights.rest + 4 * weights.unit_trained * 3
     return (3 * weights.block + weights.rest if layout.stage == 3 else 0) + 2 * 4 * layout.bucket

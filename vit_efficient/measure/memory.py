@@ -22,7 +22,7 @@ from vit_efficient.measure.step_bytes import StepBytes, step_bytes
 from vit_efficient.measure.work import Work, WorkCounter
 from vit_efficient.model.build import Built, compute_dtype
 from vit_efficient.model.pretend import outline, pretend, pretending
-from vit_efficient.parallel.order import prepare_blocks, units
+from vit_efficient.parallel.order import gathered, prepare_blocks, stays_gathered, units
 from vit_efficient.recipe.schema import Recipe
 
 # CUDA context and libraries' code: outside PyTorch's allocator, so in no figure of it. Seen: 0.4 to 0.6 GiB.
@@ -113,23 +113,17 @@ def weights_of(model: nn.Module, blocks: Sequence[nn.Module], gather: torch.dtyp
         size=total,
         frozen=total - storage_bytes(iter(trained)),
         trained=sum(p.numel() for p in trained),
-        block=max((_gathered(block, gather) for block in blocks), default=0),
+        block=max((gathered(block, gather) for block in blocks), default=0),
         block_trained=max(map(_trained, blocks), default=0),
         rest=total - sum(inside),
-        unit=max((sum(_gathered(block, gather) for block in unit) for unit in units(blocks)), default=0),
+        unit=max((sum(gathered(block, gather) for block in unit) for unit in units(blocks)), default=0),
+        kept=sum(gathered(block, gather) for block in blocks) if stays_gathered(blocks, gather) else 0,
         unit_trained=max((sum(map(_trained, unit)) for unit in units(blocks)), default=0),
     )
 
 
 def _trained(block: nn.Module) -> int:
     return sum(p.numel() for p in block.parameters() if p.requires_grad)
-
-
-def _gathered(block: nn.Module, dtype: torch.dtype | None) -> int:
-    return sum(
-        p.numel() * (dtype.itemsize if dtype is not None and p.is_floating_point() else p.element_size())
-        for p in block.parameters()
-    )
 
 
 class Plan:

@@ -96,7 +96,7 @@ def collective_seconds(layout: Layout, weights: Weights, gathered: int, blocks: 
             2 * ring(share, layout.nodes, kind.network * LINK, HOP_FAR),
             tree(share, layout.nodes, kind.network * LINK, HOP_FAR),
         )
-    return 2 * once + scattered + copies
+    return (1 if weights.kept else 2) * once + scattered + copies
 
 
 @dataclass(frozen=True)

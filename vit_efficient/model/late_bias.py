@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, H heads, E head width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -73,8 +75,7 @@ def _into_heads(attention: SelfAttention, x_BTD: Tensor) -> Heads | None:
     """The block's normed input as queries, keys and values (B, H, T, E), if the bias of that projection is late."""
     if not late(x_BTD):
         return None
-    qkv = attention.qkv
-    assert qkv is not None
+    qkv: Any = attention.qkv  # `_plain`
     found: Heads = _Heads.apply(F.linear(x_BTD, qkv.weight, qkv.bias.detach()), qkv.bias, attention.num_heads)
     return found
 

@@ -1,18 +1,47 @@
-"""Clipping by the norm of all gradients, on shards as they are where gradients are sharded."""
+"""The norm of all gradients, and clipping by it: on shards as they are where gradients are sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """`torch.nn.utils.get_total_norm`, with one sum over the ranks where it plans an operation for every `DTensor`.
+
+    Args:
+        parameters: those without a gradient are left out.
+    """
+    return _norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _norm(gradients: Sequence[Any]) -> Tensor:
+    local = _local(gradients)
+    if local is None:
+        return get_total_norm(gradients)
+    mesh, placements = gradients[0].device_mesh, gradients[0].placements
+    squared = get_total_norm(local).to(mesh.device_type) ** 2
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():  # a copy has the whole of it
+            dist.all_reduce(squared, group=mesh.get_group(dimension))
+    return squared.sqrt()
+
+
+def _local(gradients: Sequence[Any]) -> list[Tensor] | None:
+    """This rank's parts, views; None where gradients are not all sharded alike."""
+    layouts = {(g.device_mesh, g.placements) if hasattr(g, "device_mesh") else None for g in gradients}
+    if len(layouts) != 1 or None in layouts:
+        return None
+    return [g.to_local() for g in gradients]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, with one sum over the ranks where it plans an operation for every `DTensor`.
+    """`torch.nn.utils.clip_grad_norm_`, on shards where gradients are sharded.
 
     Args:
         parameters: those without a gradient are left out.
@@ -23,16 +52,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     """
     held = [p for p in parameters if p.grad is not None]
     gradients: list[Any] = [p.grad for p in held]
-    layouts = {(g.device_mesh, g.placements) if hasattr(g, "device_mesh") else None for g in gradients}
-    layout = next(iter(layouts), None)
-    if len(layouts) != 1 or layout is None:
-        return clip_grad_norm_(held, most)
-    mesh, placements = layout
-    local = [g.to_local() for g in gradients]  # views, scaled in place below
-    squared = get_total_norm(local).to(mesh.device_type) ** 2
-    for dimension, placement in enumerate(placements):
-        if placement.is_shard():  # a copy has the whole of it
-            dist.all_reduce(squared, group=mesh.get_group(dimension))
-    norm = squared.sqrt()
-    torch._foreach_mul_(local, torch.clamp(most / (norm + 1e-6), max=1.0).to(local[0].device))
+    norm, local = _norm(gradients), _local(gradients)
+    if local is None:
+        clip_grads_with_norm_(held, most, norm)
+    else:
+        torch._foreach_mul_(local, torch.clamp(most / (norm + 1e-6), max=1.0).to(local[0].device))
     return norm

@@ -47,11 +47,10 @@ class DdpConfig(DistributedConfig):
     """DistributedDataParallel: one process a device, parameters replicated."""
 
     name: Literal["ddp"] = "ddp"
-    bucket_mb: PositiveInt | None = Field(
-        None,
+    bucket_mb: PositiveInt = Field(
+        100,
         description="MiB of gradients that are averaged at once, as soon as they are all there. Larger: fewer "
-        "collectives beside the backward pass, and less of them hidden behind it. Unset: PyTorch's choice, 25, and 1 "
-        "for the first.",
+        "collectives beside the backward pass, and less of them hidden behind it.",
     )
 
 

@@ -97,6 +97,9 @@ def unshard(model: nn.Module) -> None:
     """
     zero.join(model)
     for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward pass without a backward pass has left gathered
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
                 full = gather(parameter)
@@ -107,5 +110,5 @@ def unshard(model: nn.Module) -> None:
             cast(Any, module).retie()
         if isinstance(module, FSDPModule):  # which has no way back of its own
             module.__class__ = type(module).__bases__[1]
-            drop_hooks(module, "torch.distributed")
+            drop_hooks(module, "torch.distributed", "vit_efficient.parallel.keeping")
             module._state_dict_pre_hooks.clear()

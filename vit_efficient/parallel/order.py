@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Bytes of parameters in a unit, which is gathered and let go at once. Every unit costs the host time (hooks, copies,
 # collectives): a step of 24 blocks, tiny ones in two CPU processes, 91 ms of it, of 12 pairs 59, without sharding 10.
-UNIT = 2**26
+UNIT = 2**28
+KEPT = 2**30  # bytes of all blocks as they are gathered, up to which they stay so until the backward pass
 CHOSEN = "kept"  # attribute of modules that choose samples before a pass: recomputation needs what it was then
 MOST = 4  # blocks in a unit, so that small models are sharded in several too
 
@@ -34,6 +35,19 @@ def units(blocks: Sequence[nn.Module], size: int = UNIT) -> list[list[nn.Module]
     largest = max((sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks), default=0)
     together = min(MOST, max(1, -(-size // largest))) if largest else 1
     return [list(blocks[first : first + together]) for first in range(0, len(blocks), together)]
+
+
+def gathered(block: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of a block's parameters as FSDP2 gathers them: in `dtype`, but for integers; None: in their own."""
+    return sum(
+        p.numel() * (dtype.itemsize if dtype is not None and p.is_floating_point() else p.element_size())
+        for p in block.parameters()
+    )
+
+
+def stays_gathered(blocks: Iterable[nn.Module], dtype: torch.dtype | None) -> bool:
+    """Whether blocks are small enough to stay gathered from a forward pass to its backward pass."""
+    return sum(gathered(block, dtype) for block in blocks) <= KEPT
 
 
 def _recomputed(forward: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
@@ -98,8 +112,9 @@ def shard(
     Call it last: recomputation and compilation are on the blocks by then, and stay inside what is gathered for a block.
     Every process must hold the same model, on the CPU or already on its device.
 
-    Nothing stays gathered after a forward pass, the root's own parameters neither: whoever changes parameters between
-    two passes (an average put in their place for an evaluation) changes what the next one computes with.
+    Nothing stays gathered after a step or an evaluation's forward pass, the root's own parameters neither: whoever
+    changes parameters between two (an average put in their place) changes what the next one computes with. Between a
+    training step's forward and backward pass small models do (`parallel/keeping.py`).
 
     Args:
         model: its parameters become `DTensor`s; buffers stay whole on every device.
@@ -111,14 +126,17 @@ def shard(
         offload: keep parameters, gradients and optimizer states in the CPU's memory.
         unit: bytes of parameters that are gathered at once; 0: a block.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    from vit_efficient.parallel.keeping import Keeping
 
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
     offloading = CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy()
     narrow = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for together in units(blocks, unit):
+    keep, parts = stays_gathered(blocks, gather), units(blocks, unit)
+    for together in parts:
         for block in together:
             block.to(device)  # unit by unit: the whole model need not fit; by `to`, since packed weights have scales
         with bytes_as_they_are():
@@ -127,5 +145,7 @@ def shard(
     for module in model.modules():
         if module not in inside:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
+    if keep:
+        model.register_forward_pre_hook(Keeping([cast(FSDPModule, together[0]) for together in parts]))
     with bytes_as_they_are():
         fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=own, offload_policy=offloading)

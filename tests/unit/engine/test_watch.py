@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vit_efficient.engine.watch import LossWatch, NonFiniteLossError, describe
+from vit_efficient.engine.watch import AHEAD, LossWatch, NonFiniteLossError, describe
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -17,11 +17,13 @@ def test_names_step_and_samples(value: float) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_step_after_notices_and_draining_notices_at_once() -> None:
+def test_on_a_gpu_a_few_steps_later_and_draining_notices_at_once() -> None:
     watch = LossWatch()
     watch.add(torch.tensor(float("nan"), device="cuda"), 3, ["a"])
+    for step in range(1, AHEAD):
+        watch.add(torch.tensor(1.0, device="cuda"), 3 + step, ["b"])
     with pytest.raises(NonFiniteLossError, match="step 4"):
-        watch.add(torch.tensor(1.0, device="cuda"), 4, ["b"])
+        watch.add(torch.tensor(1.0, device="cuda"), 3 + AHEAD, ["b"])
     watch = LossWatch()
     watch.add(torch.tensor(float("nan"), device="cuda"), 3, ["a"])
     with pytest.raises(NonFiniteLossError, match="step 4"):

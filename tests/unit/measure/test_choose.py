@@ -36,7 +36,8 @@ class Larger(Plan):
     def weights(self, layout: Layout) -> Weights:
         own = super().weights(layout)
         scaled = Weights(*(round(self.weights_factor * part) for part in vars(own).values()))
-        return replace(scaled, unit=scaled.block, unit_trained=scaled.block_trained)  # as of large blocks
+        large = self.weights_factor > 1  # blocks of which each is a unit, and which do not stay gathered
+        return replace(scaled, unit=scaled.block, kept=0, unit_trained=scaled.block_trained) if large else scaled
 
     def estimate(self, layout: Layout, micro_batch: int, *, checkpointing: bool, accumulate: int = 1) -> Estimate:
         own = super().estimate(layout, micro_batch, checkpointing=checkpointing, accumulate=accumulate)

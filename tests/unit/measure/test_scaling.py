@@ -20,7 +20,9 @@ from vit_efficient.measure.work import Work
 from vit_efficient.recipe.load import load_recipe
 
 GIGA = 1e9
-VIT_L = Weights(1_217_306_528, 0, 304_326_632, 25_192_448, 12_596_224, 9_900_000, 50_384_896, 25_192_448)
+VIT_L = Weights(
+    1_217_306_528, 0, 304_326_632, 25_192_448, 12_596_224, 9_900_000, 4 * 25_192_448, 24 * 25_192_448, 4 * 12_596_224
+)
 NARROW = 2 * 304_326_632  # bytes of it as FSDP2 gathers it
 
 

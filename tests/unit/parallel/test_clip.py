@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from vit_efficient.parallel.clip import clip_gradients
+from vit_efficient.parallel.clip import clip_gradients, gradient_norm
 
 
 def small() -> nn.Sequential:
@@ -47,7 +47,9 @@ def _rank(rank: int, folder: str) -> None:
     for shape, names in (((2,), ("shard",)), ((1, 2), ("replicate", "shard")), ((2, 1), ("replicate", "shard"))):
         for most in (0.01, 100.0):
             model, plain = fully_shard(small(), mesh=init_device_mesh("cpu", shape, mesh_dim_names=names)), small()
-            norm = clip_gradients(gradients(model) and model.parameters(), most)
+            before = gradient_norm(gradients(model) and model.parameters())
+            norm = clip_gradients(model.parameters(), most)
+            assert before.equal(norm)
             wanted = nn.utils.clip_grad_norm_(gradients(plain) and plain.parameters(), most)
             both = zip(model.parameters(), plain.parameters(), strict=True)
             found.append((float(norm), float(wanted), [(p.grad.full_tensor(), q.grad) for p, q in both]))

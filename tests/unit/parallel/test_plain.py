@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partialmethod
 
 import lightning.pytorch as L
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vit_efficient.parallel.config import DdpConfig
+from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.parallel.strategies import build_strategy
 
 
@@ -55,7 +57,7 @@ def alone() -> Iterator[None]:
     os.environ.update(before)
 
 
-def fit(module: Probe, bucket_mb: int | None = None) -> None:
+def fit(module: Probe, bucket_mb: int = 25) -> None:
     strategy = build_strategy(DdpConfig(accelerator="cpu", devices=1, bucket_mb=bucket_mb))
     trainer = L.Trainer(
         accelerator="cpu", devices=1, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
@@ -71,9 +73,9 @@ def test_gradients_are_the_buckets(alone: None) -> None:
     assert module.left == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("bucket_mb", "buckets"), [(None, 2), (1, 3), (64, 1)])
-def test_buckets_are_as_large_as_the_recipe_says(alone: None, bucket_mb: int | None, buckets: int) -> None:
-    """Two weights of 1.4 MiB among small ones. PyTorch's first bucket is small; in the first step there is only one."""
+@pytest.mark.parametrize(("bucket_mb", "buckets"), [(1, 3), (2, 2), (64, 1)])
+def test_buckets_are_as_large_as_the_recipe_says(alone: None, bucket_mb: int, buckets: int) -> None:
+    """Two weights of 1.4 MiB among small ones; in the first step there is one bucket."""
     module = Probe(600)
     fit(module, bucket_mb)
     assert module.storages == [1, buckets, buckets]
@@ -88,3 +90,18 @@ def test_buffers_are_sent_where_training_changes_them(alone: None, changing: boo
         module.model.insert(1, nn.BatchNorm1d(16))
     fit(module)
     assert module.sent is changing
+
+
+def test_a_compiled_block_is_one_program(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler would cut it where a bucket is full."""
+    seen: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        seen.append(sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes))
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=compiler))
+    module = Probe(600)
+    prepare_blocks([module.model], checkpointing=False, compile=True)
+    fit(module, bucket_mb=1)
+    assert seen == [4]

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from vit_efficient.parallel import order
 from vit_efficient.parallel.full import gather, local, spread, unshard
 from vit_efficient.parallel.order import MOST, UNIT, prepare_blocks, shard, units
 
@@ -35,10 +36,10 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize(
     ("width", "count", "sizes"),
-    [(1024, 24, [2] * 12), (768, 12, [3] * 4), (192, 12, [MOST] * 3), (192, 6, [4, 2]), (4096, 3, [1] * 3), (8, 0, [])],
+    [(1024, 24, [4] * 6), (2048, 6, [2] * 3), (192, 12, [MOST] * 3), (192, 6, [4, 2]), (4096, 3, [1] * 3), (8, 0, [])],
 )
 def test_units_of_blocks(width: int, count: int, sizes: list[int]) -> None:
-    """A ViT's block has 12 width^2 weights: ViT-L's two together are a unit, those of larger models one."""
+    """A ViT's block has 12 width^2 weights: ViT-L's four together are a unit, a 7B model's are one each."""
     blocks = [nn.Linear(width, 12 * width, bias=False, device="meta") for _ in range(count)]
     found = units(blocks)
     assert [len(unit) for unit in found] == sizes
@@ -72,6 +73,44 @@ def test_order_changes_neither_names_nor_answers(
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(local(ours.grad), theirs.grad)
+
+
+def test_a_step_gathers_once_and_an_evaluation_sees_what_changed(
+    pair: tuple[Model, Model], mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = pair
+    shard(model, list(model.blocks), mesh, unit=0)
+    gathered: list[nn.Module] = []
+    for block in model.blocks:
+        (group,) = cast(FSDPModule, block)._get_fsdp_state()._fsdp_param_groups
+        inner = group._to_unsharded
+        monkeypatch.setattr(group, "_to_unsharded", lambda inner=inner, block=block: (gathered.append(block), inner()))
+    x = torch.randn(4, 6)
+    model.train()
+    model(x).sum().backward()
+    assert gathered == list(model.blocks)
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "after a step nothing is gathered"
+    model(x)  # no backward pass follows, and blocks are left gathered
+    model.eval()
+    for evaluate in (torch.no_grad(), torch.enable_grad()):
+        with evaluate:
+            before = model(x)
+            assert all(isinstance(p, DTensor) for p in model.blocks.parameters())
+            for parameter in model.parameters():
+                local(parameter.detach()).mul_(0.5)
+            assert not torch.allclose(model(x), before)
+
+
+def test_large_models_let_go_in_between(
+    pair: tuple[Model, Model], mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = pair
+    monkeypatch.setattr(order, "KEPT", sum(p.numel() * 2 for p in model.blocks.parameters()))
+    assert order.stays_gathered(model.blocks, torch.bfloat16)
+    assert not order.stays_gathered(model.blocks, None)
+    shard(model, list(model.blocks), mesh)
+    model.train()(torch.randn(4, 6))
+    assert all(isinstance(p, DTensor) for p in model.blocks.parameters())
 
 
 def test_narrow_gathering_leaves_integers_and_the_root_alone(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
