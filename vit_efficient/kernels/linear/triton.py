@@ -245,8 +245,9 @@ def linear_kernel(
     `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
 
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over (by pointers, BLOCK_K of them if
-    that is more); 0: all of them. PARTS: that a tile is finished in, side by side. ALONE: each program has one tile,
-    whole; what its end needs is loaded before the product, and waits for nothing behind it.
+    that is more); 0: all of them. Operands of 16 bits pass for fp8 with scales of 1 and PROMOTE = 0. PARTS: that a tile
+    is finished in, side by side. ALONE: each program has one tile, whole; what its end needs is loaded before the
+    product, and waits for nothing behind it.
     """
     wait_for_previous(OVERLAP)
     tl.assume(K > 0)  # or the flattened loop has a second epilogue, for sums of nothing
