@@ -406,3 +406,18 @@ def test_in_a_cuda_graph(device: torch.device) -> None:
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("rows", TOKENS)
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_gelu_of_a_layer_in_16_bits(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, bias = torch.randn(rows, inputs, device=device).to(dtype), torch.randn(outputs, device=device).to(dtype)
+    weight = (torch.randn(outputs, inputs, device=device) / inputs**0.5).to(dtype)
+    expected = torch.nn.functional.gelu(x.double() @ weight.double().T + bias.double())
+    found = launch.half_gelu(x, weight, bias)
+    assert found.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding / 16)

@@ -24,6 +24,7 @@ from vit_efficient.measure.trouble import EXPECTED, said, works
 from vit_efficient.model.backbone import create_backbone
 from vit_efficient.model.build import DTYPES, Built, build_model, prepare_training
 from vit_efficient.model.fused import fuse_blocks
+from vit_efficient.model.fused_mlp import fuse_mlps
 from vit_efficient.model.module import learning_rate
 from vit_efficient.model.optim import build_optimizer
 from vit_efficient.quantization.calibrate import FEWEST, calibrate
@@ -68,7 +69,7 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
 
     Weights are random unless the command line names some; speed does not depend on them. A form that wants calibration
     gets it on random images, which `tell` is told: such a model answers nothing sensible. Blocks of int8 and fp8 models
-    are fused.
+    are fused, and MLPs of 16-bit models that are not quantized.
 
     Args:
         entry: how it runs, and its name.
@@ -96,6 +97,8 @@ def build_contender(entry: Entry, recipe: Recipe, tell: Callable[[str], None]) -
         report = fuse_blocks(model)
         for line in (report.count(), *report.reasons()):
             tell(f"{entry.title}: {line}")
+    elif recipe.quantization.name == "none" and dtype != torch.float32 and not entry.stock:
+        fuse_mlps(model)
     held = weight_bytes(model)
     run = _inference(model, entry)
     words = [entry.source, *entry.words]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from vit_efficient.engine import contenders
 from vit_efficient.engine.contenders import build_contender, build_contenders, load_entry
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.entries import PEERS, Entry, check_mode
@@ -51,6 +53,21 @@ def test_half_precision_is_of_everything_that_is_not_quantized() -> None:
     half = contender("fp32_sdpa", "quantization.precision=bf16")
     assert half.weight_bytes == contender("fp32_sdpa").weight_bytes // 2
     assert half.prepare(images())(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_mlps_are_fused_in_unquantized_half_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and not in somebody else's model."""
+    fused: list[nn.Module] = []
+    monkeypatch.setattr(contenders, "fuse_mlps", fused.append)
+    half = ("quantization.precision=bf16",)
+    for how in ("eager", "compiled", "graph", "compiled-graph"):
+        contender("fp32_sdpa", *half, how=how)
+    assert len(fused) == 4
+    contender("fp32_sdpa")
+    contender("fp32_sdpa", *half, stock=True)
+    contender("int8_sdpa", *half)
+    contender("fp32_sdpa", *half, how="training")
+    assert len(fused) == 4
 
 
 def test_a_static_form_is_calibrated_on_noise_and_says_so() -> None:

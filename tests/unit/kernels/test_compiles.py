@@ -71,7 +71,7 @@ LINEAR = [
     ("sm_90", "int8_linear", "gelu_quant smooth"), ("sm_80", "int8_linear", "gelu_quant smooth"),
     ("sm_90", "int8_linear", "heads_quant"), ("sm_90", "fp8_linear_fast", "gelu_quant"),
     ("sm_90", "fp8_linear", "residual"), ("sm_89", "fp8_linear", "gelu_quant"), ("sm_89", "int8_linear", "heads_quant"),
-    ("sm_80", "int8_linear", "gelu_quant"), ("sm_80", "int8_linear", "residual"),
+    ("sm_80", "int8_linear", "gelu_quant"), ("sm_80", "int8_linear", "residual"), ("sm_90", "half_linear", "gelu"),
 ]  # fmt: skip
 
 
@@ -108,8 +108,9 @@ def linear_layer(
     form = form_of(name)
     tile, step, head_block = fit(found, form)
     alone = is_alone(tile, step, shape, chip)
-    described, fp8 = int(chip[3:]) >= 90, op.startswith("fp8")
-    code = "fp8e4nv" if fp8 else "i8"
+    described, half = int(chip[3:]) >= 90, op.startswith("half")
+    fp8 = half or op.startswith("fp8")  # as the kernel calls what is summed up in float32
+    code = "bf16" if half else "fp8e4nv" if fp8 else "i8"
     out = code if form.quant != "none" else "bf16"
     types = {"row_scale": "*fp32", "column_scale": "*fp32", "bias": "*bf16", "a": f"*{code}", "b": f"*{code}"}
     types["out"] = f"*{out}"
@@ -134,7 +135,7 @@ def linear_layer(
     constants = {
         "FP8": fp8, "PROMOTE": min(PROMOTE, tile.block_k) if op == "fp8_linear" and full else 0,
         "LAYOUT": form.layout, "GELU": form.gelu, "QUANT": form.quant, "LARGEST": 448 if fp8 else 127,
-        "INTEGER": not fp8, "ROW_SCALES": True, "COLUMN_SCALES": True,
+        "INTEGER": not fp8, "ROW_SCALES": not half, "COLUMN_SCALES": not half,
         "DESCRIPTORS": described, "STORE_DESCRIPTOR": described and form.layout == "rows",
         "RESIDUAL_DESCRIPTOR": described and not alone, "ALONE": alone, "OVERLAP": described,
         "EVEN_K": True, "HEADS": 16, "WIDTH": 64, "HEAD_BLOCK": head_block, "BLOCK_M": tile.block_m,

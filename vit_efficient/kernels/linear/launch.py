@@ -55,7 +55,8 @@ def describable(x: Tensor) -> bool:
 
 def fetchable(q_NK: Tensor) -> bool:
     """Whether codes can be asked for ahead of their use: without gaps, each row whole blocks of 16 bytes."""
-    return q_NK.is_contiguous() and q_NK.shape[1] % ALIGNMENT == 0 == q_NK.data_ptr() % ALIGNMENT
+    whole = q_NK.itemsize == 1 and q_NK.is_contiguous()
+    return whole and q_NK.shape[1] % ALIGNMENT == 0 == q_NK.data_ptr() % ALIGNMENT
 
 
 def launch(
@@ -124,7 +125,9 @@ def launch(
 
 
 def operator(q: Tensor, fast: bool) -> str:
-    """The name that tiles are kept under: sums of different kinds take different room."""
+    """The name that tiles are kept under: sums and operands of different kinds take different room."""
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return "half_linear"
     return "int8_linear" if q.dtype == torch.int8 else "fp8_linear_fast" if fast else "fp8_linear"
 
 
@@ -163,6 +166,19 @@ def linear(
     out = torch.empty((q_MK.shape[0], q_NK.shape[0]), dtype=dtype, device=q_MK.device)
     launch(q_MK, scale_M1, q_NK, scale_N1, bias_N, Form(gelu=gelu), fast, out)
     return out
+
+
+def half_gelu(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """GELU of a layer in 16 bits, (M, N): codes without scales, summed up in float32."""
+    out = torch.empty((x_MK.shape[0], weight_NK.shape[0]), dtype=x_MK.dtype, device=x_MK.device)
+    one = _one(x_MK.device)
+    launch(x_MK, one, weight_NK, one, bias_N, Form(gelu=True), True, out)
+    return out
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, 1, dtype=torch.float32, device=device)
 
 
 def linear_quant(

@@ -246,9 +246,10 @@ def linear_kernel(
     `residual` as RESIDUAL_DESCRIPTOR does: as its part of the sums lies, a thread would load four bytes at a time.
 
     PROMOTE: products that fp8 units sum in their fewer bits before float32 takes over (by pointers, BLOCK_K of them if
-    that is more); 0: all of them. PARTS: that a tile is finished in, side by side. ALONE: each program has one tile,
-    whole; what its end needs is loaded before the product, and waits for nothing behind it. `weights`, if given (ALONE
-    and OVERLAP): the pointer behind `b`, gapless, for what comes into the cache while the kernel before still runs.
+    that is more); 0: all of them. Operands of 16 bits pass for fp8 with scales of 1 and PROMOTE = 0. PARTS: that a tile
+    is finished in, side by side. ALONE: each program has one tile, whole; what its end needs is loaded before the
+    product, and waits for nothing behind it. `weights`, if given (ALONE and OVERLAP): the pointer behind `b`, gapless,
+    for what comes into the cache while the kernel before still runs.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, STEP_N)
     if weights is not None:
