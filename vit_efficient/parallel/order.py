@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -145,6 +146,8 @@ def shard(
     for module in model.modules():
         if module not in inside:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
+    for now, ahead in pairwise(parts):  # or it would be gathered no sooner than the host arrives there
+        cast(FSDPModule, now[0]).set_modules_to_forward_prefetch([cast(FSDPModule, ahead[0])])
     if keep:
         model.register_forward_pre_hook(Keeping([cast(FSDPModule, together[0]) for together in parts]))
     with bytes_as_they_are():
