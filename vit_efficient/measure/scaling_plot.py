@@ -58,6 +58,7 @@ def scaling_figure(
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(NUMBERS, [f"{n:,}" for n in NUMBERS])
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("GPUs (eight to a node)")
     axes.set_ylabel("images/s a GPU")

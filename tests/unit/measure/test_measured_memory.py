@@ -7,7 +7,7 @@ then only pretended. Those of `LOOP` are of this package's own loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import peft
 import pytest
@@ -77,6 +77,8 @@ def test_measured_peak(row: Row) -> None:
             model = quantized(model.to(narrow).train())
         model.set_grad_checkpointing(row.checkpointing)
     weights = weights_of(model, blocks, narrow if row.kind == "sharded" else None)
+    if row.kind == "sharded":  # that loop gathered each block for itself, and let it go
+        weights = replace(weights, unit=weights.block, unit_trained=weights.block_trained, kept=0)
     if row.kind == "sharded":
         model.to(narrow)  # as its parameters are gathered
         plain = model.forward
@@ -93,27 +95,37 @@ def test_measured_peak(row: Row) -> None:
 
 
 # docs/results/h200-training-loop.json: name, recipe, protocol, layout, images, checkpointing, GiB, and how much more
-# than that is estimated at most. Less than measured is not: then something would not fit that was said to. Measured
-# when dropped samples were still computed.
+# than that is estimated at most. Less than measured is not: then something would not fit that was said to.
 LOOP = [
     ("one", "fp32_sdpa", "imagenet_vit_l16", ALONE, 128, False, 25.273, 0.05),
     ("DDP on two", "fp32_sdpa", "imagenet_vit_l16", Layout("ddp", 2), 128, False, 26.424, 0.05),
-    # Measured when each block was gathered for itself; two together are counted 0.2 GiB higher.
-    ("FSDP2 on two", "fp32_sdpa", "imagenet_vit_l16", Layout("fsdp", 2), 128, False, 22.479, 0.075),
     ("QLoRA, checkpointing", "int4_sdpa", "imagenet_vit_l16", ALONE, 128, True, 3.914, 0.15),
     ("7 billion, QLoRA", "int4_sdpa", "dinov3_7b", ALONE, 4, False, 9.524, 0.05),
+]
+# docs/results/h200-several.json: those of 22 November, whose branches leave out what they drop.
+SUBSETS = [
+    ("one", "fp32_sdpa", "imagenet_vit_l16", ALONE, 128, False, 23.658, 0.05),
+    ("DDP on two", "fp32_sdpa", "imagenet_vit_l16", Layout("ddp", 2), 128, False, 23.687, 0.05),
+    ("FSDP2 on two", "fp32_sdpa", "imagenet_vit_l16", Layout("fsdp", 2), 128, False, 21.505, 0.065),
 ]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "protocol", "layout", "images", "checkpointing", "measured", "most"),
-    [row[1:] for row in LOOP],
-    ids=[row[0] for row in LOOP],
+    ("recipe", "protocol", "layout", "images", "checkpointing", "measured", "most", "depth"),
+    [(*row[1:], "mask") for row in LOOP] + [(*row[1:], "subset") for row in SUBSETS],
+    ids=[row[0] for row in LOOP] + [f"{row[0]}, subset" for row in SUBSETS],
 )
 def test_measured_peak_of_the_loop(
-    recipe: str, protocol: str, layout: Layout, images: int, checkpointing: bool, measured: float, most: float
+    recipe: str,
+    protocol: str,
+    layout: Layout,
+    images: int,
+    checkpointing: bool,
+    measured: float,
+    most: float,
+    depth: str,
 ) -> None:
-    words = [f"protocol={protocol}", "quantization.precision=bf16", "optim.ema=null", "model.stochastic_depth=mask"]
+    words = [f"protocol={protocol}", "quantization.precision=bf16", "optim.ema=null", f"model.stochastic_depth={depth}"]
     plan = Plan(load_recipe(recipe, words).recipe, 1000)
     estimated = plan.estimate(layout, images, checkpointing=checkpointing).allocated / GIB
     print(f"{estimated:.2f} GiB estimated, {measured} measured, {estimated / measured - 1:+.1%}")
