@@ -20,7 +20,16 @@ REMEDY = (
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; the checkpoints on disk are finite."""
+    """The loss became NaN or infinite; the checkpoints on disk are finite.
+
+    Args:
+        text: for the user.
+        step: of the loss, from 0.
+    """
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 AHEAD = 3  # losses on their way from the device to the host
@@ -68,7 +77,7 @@ class LossWatch:
         if math.isfinite(value):
             return
         named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        raise NonFiniteLossError(f"The loss became {value} at step {step + 1}.\n  samples: {named}\n  {REMEDY}")
+        raise NonFiniteLossError(f"The loss became {value} at step {step + 1}.\n  samples: {named}\n  {REMEDY}", step)
 
 
 def describe(batch: dict[str, Any]) -> list[str]:
@@ -101,18 +110,19 @@ def refuse_non_finite(watch: LossWatch, module: nn.Module, step: int, rank: int)
     Raises:
         NonFiniteLossError: on rank 0, saying which rank; the others end with `SystemExit`, in silence.
     """
-    problem = ""
+    problem: tuple[int, int, str] | None = None  # of one rank all others have it a step later: the first counts
     try:
         watch.drain()
     except NonFiniteLossError as error:
-        problem = str(error)
-    if not problem and (names := non_finite_weights(module)):
+        problem = error.step, 0, str(error)
+    if problem is None and (names := non_finite_weights(module)):
         named = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        problem = f"Step {step} made weights that are not finite: {named}. They are not saved.\n  {REMEDY}"
-    problems = {number: text for number, text in enumerate(gather_over_ranks(problem)) if text}
+        text = f"Step {step} made weights that are not finite: {named}. They are not saved.\n  {REMEDY}"
+        problem = step - 1, 1, text
+    problems = [(*found[:2], number, found[2]) for number, found in enumerate(gather_over_ranks(problem)) if found]
     if not problems:
         return
     if rank > 0:
         raise SystemExit(USER_ERROR)
-    number, text = min(problems.items())
-    raise NonFiniteLossError(f"Rank {number}: {text}" if number else text)
+    at, _, number, text = min(problems)
+    raise NonFiniteLossError(f"Rank {number}: {text}" if number else text, at)

@@ -108,8 +108,8 @@ class Weights:
         block_trained: numbers in it that are trained.
         rest: bytes outside the blocks.
         unit: bytes of the largest unit of blocks that FSDP2 gathers at once, as it is gathered.
-        kept: bytes of all blocks, as they are gathered, if they stay so until the backward pass; else 0.
-        unit_trained: numbers in it that are trained.
+        kept: bytes of all blocks, as they are gathered, if they may stay so until the backward pass; else 0.
+        unit_trained: numbers in that unit that are trained.
     """
 
     size: int
@@ -145,6 +145,11 @@ def states(layout: Layout, size: int) -> int:
     return 0 if layout.offload_states else layout.part(size, layout.kind in ("fsdp", "deepspeed"))
 
 
+def stays_gathered(layout: Layout, weights: Weights) -> bool:
+    """Whether blocks are gathered once for both passes, which FSDP2 does alone, and not where memory is all."""
+    return layout.kind == "fsdp" and not layout.offload_weights and weights.kept > 0
+
+
 def buffers(layout: Layout, weights: Weights) -> int:
     """Bytes that moving weights and gradients takes, at most at once.
 
@@ -158,6 +163,6 @@ def buffers(layout: Layout, weights: Weights) -> int:
     if layout.world == 1 or layout.kind == "ddp":
         return 0
     if layout.kind == "fsdp":
-        gathered = weights.kept or 2 * weights.unit
+        gathered = weights.kept if stays_gathered(layout, weights) else 2 * weights.unit
         return gathered + weights.unit + weights.rest + 4 * weights.unit_trained * 3
     return (3 * weights.block + weights.rest if layout.stage == 3 else 0) + 2 * 4 * layout.bucket

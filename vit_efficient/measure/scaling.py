@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from vit_efficient.measure.gpus import GpuKind
-from vit_efficient.measure.layout import Layout, Weights
+from vit_efficient.measure.layout import Layout, Weights, stays_gathered
 from vit_efficient.measure.work import Work
 
 # Calibrated on ViT-L/16 on one H200 (docs/scaling.md, "constants"):
@@ -80,7 +80,7 @@ def collective_seconds(layout: Layout, weights: Weights, gathered: int, blocks: 
 
     Args:
         gathered: bytes of all weights as they are gathered.
-        blocks: how many there are: each gathers for itself.
+        blocks: how many there are. Each counts as gathered for itself, so the latency of units is too high.
     """
     if layout.world == 1:
         return 0.0
@@ -96,7 +96,7 @@ def collective_seconds(layout: Layout, weights: Weights, gathered: int, blocks: 
             2 * ring(share, layout.nodes, kind.network * LINK, HOP_FAR),
             tree(share, layout.nodes, kind.network * LINK, HOP_FAR),
         )
-    return (1 if weights.kept else 2) * once + scattered + copies
+    return (1 if stays_gathered(layout, weights) else 2) * once + scattered + copies
 
 
 @dataclass(frozen=True)

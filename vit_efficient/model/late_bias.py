@@ -84,7 +84,8 @@ def late_biases(model: nn.Module) -> None:
     """Let the biases of fc1 before GELU and of fused qkv be late, in place, where these are plain linear layers.
 
     Call it behind `shorten_gelu` and `swap_attention`, and before blocks are compiled. Parameters must lie in their
-    layers throughout a block's forward pass: FSDP2 gathers those of whole blocks, ZeRO 3 each layer's for itself.
+    layers throughout a block's forward pass: FSDP2 gathers those of whole blocks, ZeRO 3 each layer's for itself. Hooks
+    that are put on these layers later are not called where biases are late.
     """
     for module in list(model.modules()):
         # In timm's own MLP nothing lies between fc1 and its activation.

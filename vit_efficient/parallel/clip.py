@@ -17,11 +17,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     Args:
         parameters: those without a gradient are left out.
     """
-    return _norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return _norm(gradients, _local(gradients))
 
 
-def _norm(gradients: Sequence[Any]) -> Tensor:
-    local = _local(gradients)
+def _norm(gradients: Sequence[Any], local: Sequence[Tensor] | None) -> Tensor:
     if local is None:
         return get_total_norm(gradients)
     mesh, placements = gradients[0].device_mesh, gradients[0].placements
@@ -52,7 +52,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     """
     held = [p for p in parameters if p.grad is not None]
     gradients: list[Any] = [p.grad for p in held]
-    norm, local = _norm(gradients), _local(gradients)
+    local = _local(gradients)
+    norm = _norm(gradients, local)
     if local is None:
         clip_grads_with_norm_(held, most, norm)
     else:

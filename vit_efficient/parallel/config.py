@@ -47,15 +47,16 @@ class DdpConfig(DistributedConfig):
     """DistributedDataParallel: one process a device, parameters replicated."""
 
     name: Literal["ddp"] = "ddp"
-    bucket_mb: PositiveInt = Field(
+    bucket_mb: PositiveInt | None = Field(
         100,
         description="MiB of gradients that are averaged at once, as soon as they are all there. Larger: fewer "
-        "collectives beside the backward pass, and less of them hidden behind it.",
+        "collectives beside the backward pass, and less of them hidden behind it. `null`: PyTorch's choice, 25, and 1 "
+        "for the first.",
     )
 
 
 class FsdpConfig(DistributedConfig):
-    """FSDP2: parameters, gradients and optimizer states spread over the devices, gathered block by block."""
+    """FSDP2: parameters, gradients and optimizer states spread over the devices, gathered a few blocks at a time."""
 
     name: Literal["fsdp"] = "fsdp"
     shard: Literal["full", "hybrid"] = Field(

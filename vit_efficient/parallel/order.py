@@ -136,7 +136,7 @@ def shard(
     offloading = CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy()
     narrow = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    keep, parts = stays_gathered(blocks, gather), units(blocks, unit)
+    keep, parts = not offload and stays_gathered(blocks, gather), units(blocks, unit)
     for together in parts:
         for block in together:
             block.to(device)  # unit by unit: the whole model need not fit; by `to`, since packed weights have scales

@@ -5,29 +5,39 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vit_efficient.engine import watch
 from vit_efficient.engine.watch import AHEAD, LossWatch, NonFiniteLossError, describe
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_names_step_and_samples(value: float) -> None:
-    watch = LossWatch()
-    watch.add(torch.tensor(1.0), 6, ["a"])
+    losses = LossWatch()
+    losses.add(torch.tensor(1.0), 6, ["a"])
     with pytest.raises(NonFiniteLossError, match=r"(?s)step 8.*k0, k1.*and 2 more"):
-        watch.add(torch.tensor(value), 7, [f"k{i}" for i in range(10)])
+        losses.add(torch.tensor(value), 7, [f"k{i}" for i in range(10)])
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_few_steps_later_and_draining_notices_at_once() -> None:
-    watch = LossWatch()
-    watch.add(torch.tensor(float("nan"), device="cuda"), 3, ["a"])
+    losses = LossWatch()
+    losses.add(torch.tensor(float("nan"), device="cuda"), 3, ["a"])
     for step in range(1, AHEAD):
-        watch.add(torch.tensor(1.0, device="cuda"), 3 + step, ["b"])
+        losses.add(torch.tensor(1.0, device="cuda"), 3 + step, ["b"])
     with pytest.raises(NonFiniteLossError, match="step 4"):
-        watch.add(torch.tensor(1.0, device="cuda"), 3 + AHEAD, ["b"])
-    watch = LossWatch()
-    watch.add(torch.tensor(float("nan"), device="cuda"), 3, ["a"])
+        losses.add(torch.tensor(1.0, device="cuda"), 3 + AHEAD, ["b"])
+    losses = LossWatch()
+    losses.add(torch.tensor(float("nan"), device="cuda"), 3, ["a"])
     with pytest.raises(NonFiniteLossError, match="step 4"):
-        watch.drain()
+        losses.drain()
+
+
+def test_the_first_loss_speaks_and_not_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one rank lost in step 5, the sum of gradients gives to all in step 6."""
+    monkeypatch.setattr(watch, "gather_over_ranks", lambda own: [own, (4, 0, "The loss became nan at step 5."), None])
+    losses = LossWatch()
+    losses._queue.append((torch.tensor(float("nan")), None, 5, ["innocent"]))
+    with pytest.raises(NonFiniteLossError, match=r"Rank 1: The loss became nan at step 5"):
+        watch.refuse_non_finite(losses, torch.nn.Linear(1, 1), 6, 0)
 
 
 def test_fillers_are_not_named() -> None:

@@ -14,7 +14,7 @@ from vit_efficient.measure.forecast import Forecast, forecast
 from vit_efficient.measure.gpus import H200, KINDS, GpuKind, gpu_kind, kind_of
 from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.memory import Plan
-from vit_efficient.measure.scaling import all_reduce, gather, ring, step_time, tree
+from vit_efficient.measure.scaling import all_reduce, collective_seconds, gather, ring, step_time, tree
 from vit_efficient.measure.scaling_plot import draw, scaling_figure
 from vit_efficient.measure.work import Work
 from vit_efficient.recipe.load import load_recipe
@@ -254,3 +254,13 @@ def test_the_plot_holds_curves_and_points(tmp_path: Path) -> None:
     assert len(figure.axes[0].lines) == 4
     draw(plan, H200, {}, tmp_path / "plot.png", images=8)
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_fsdp_alone_gathers_small_models_once() -> None:
+    def seconds(layout: Layout, weights: Weights) -> float:
+        return collective_seconds(layout, weights, VIT_L.kept, 24, H200)
+
+    letting_go = replace(VIT_L, kept=0)
+    assert seconds(Layout("fsdp", 8), VIT_L) < seconds(Layout("fsdp", 8), letting_go)
+    for layout in (Layout("deepspeed", 8, stage=3), Layout("fsdp", 8, offload_states=True, offload_weights=True)):
+        assert seconds(layout, VIT_L) == seconds(layout, letting_go)

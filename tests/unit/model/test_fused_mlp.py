@@ -68,6 +68,19 @@ def test_with_the_operator_the_answer_stays(calls: list[int]) -> None:
     assert calls == [4 * 17] * 2
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@torch.no_grad()
+def test_exports_take_any_batch(strict: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows there are is asked last: an export that asked would be for a range of batches alone."""
+    monkeypatch.setattr(fused_mlp, "FEWEST_ROWS", 4096)
+    model = model_of()
+    fuse_mlps(model)
+    shapes = ({0: torch.export.Dim("b", min=2, max=1024)},)
+    program = torch.export.export(model, (images(),), dynamic_shapes=shapes, strict=strict)
+    assert not any("half_gelu" in str(node.target) for node in program.graph.nodes)
+    assert program.module()(images(batch=7)).shape[0] == 7
+
+
 def test_where_the_operator_is_not_taken(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradients, in training, under autocast, in float32, with few rows."""
     model, single = model_of(), model_of(torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -82,7 +82,8 @@ def test_a_step_gathers_once_and_an_evaluation_sees_what_changed(
     shard(model, list(model.blocks), mesh, unit=0)
     gathered: list[nn.Module] = []
     for block in model.blocks:
-        (group,) = cast(FSDPModule, block)._get_fsdp_state()._fsdp_param_groups
+        state: Any = cast(FSDPModule, block)._get_fsdp_state()
+        group = state._fsdp_param_group if hasattr(state, "_fsdp_param_group") else state._fsdp_param_groups[0]
         inner = group._to_unsharded
         monkeypatch.setattr(group, "_to_unsharded", lambda inner=inner, block=block: (gathered.append(block), inner()))
     x = torch.randn(4, 6)
@@ -99,6 +100,14 @@ def test_a_step_gathers_once_and_an_evaluation_sees_what_changed(
             for parameter in model.parameters():
                 local(parameter.detach()).mul_(0.5)
             assert not torch.allclose(model(x), before)
+
+
+def test_the_next_unit_is_gathered_ahead(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:
+    _, model = pair
+    shard(model, list(model.blocks), mesh, unit=0)
+    first, last = (cast(Any, block)._get_fsdp_state() for block in model.blocks)
+    assert first._states_to_forward_prefetch == [last]
+    assert last._states_to_forward_prefetch == []
 
 
 def test_large_models_let_go_in_between(
@@ -148,6 +157,8 @@ def test_a_model_comes_back_whole(pair: tuple[Model, Model], mesh: DeviceMesh) -
     x = torch.randn(5, 6)
     torch.testing.assert_close(model(x), plain(x))
     assert calls == ["root", "block"], "hooks of the model's own stay"
+    assert len(model._forward_pre_hooks) == 1, "and no others"
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
 
 
 def test_whole_tensors_become_parts_and_whole_again(pair: tuple[Model, Model], mesh: DeviceMesh) -> None:

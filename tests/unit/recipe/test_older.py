@@ -45,3 +45,11 @@ def test_the_recipe_in_its_folder_says_so(tmp_path: Path) -> None:
     recipe = load_recipe(str(file)).recipe
     assert recipe.model.stochastic_depth == "mask"
     check_same_recipe(old(RATE), recipe.model_dump(mode="json"), "c")
+
+
+def test_ddp_of_a_run_that_left_its_buckets_to_pytorch(tmp_path: Path) -> None:
+    recipe = load_recipe("fp32_sdpa", ["strategy=ddp", "strategy.bucket_mb=null"]).recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert "bucket_mb: null" in file.read_text()
+    assert load_recipe(str(file)).recipe.strategy == recipe.strategy

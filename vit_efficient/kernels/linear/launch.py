@@ -176,9 +176,14 @@ def half_gelu(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return out
 
 
-@functools.cache
 def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, 1, dtype=torch.float32, device=device)
+    """A scale of 1; within a CUDA graph one of its own, as what is filled there is not before the graph runs."""
+    return torch.ones(1, 1, device=device) if torch.cuda.is_current_stream_capturing() else _kept_one(device)
+
+
+@functools.cache
+def _kept_one(device: torch.device) -> Tensor:
+    return torch.ones(1, 1, device=device)
 
 
 def linear_quant(

@@ -1,4 +1,4 @@
-"""The kernel of linear layers on codes: one source for int8 and fp8, and for all that may follow the product.
+"""The kernel of linear layers on codes: one source for int8, fp8 and 16 bits, and for all that may follow the product.
 
 A persistent grid: each program takes tiles of the output in turn, in groups of `GROUP` rows of tiles, which share the
 weight in the cache. With descriptors, operands come through the tensor memory accelerator (sm_90); with pointers, by
