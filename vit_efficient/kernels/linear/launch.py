@@ -178,7 +178,8 @@ def half_gelu(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 def _one(device: torch.device) -> Tensor:
     """A scale of 1; within a CUDA graph one of its own, as what is filled there is not before the graph runs."""
-    return torch.ones(1, 1, device=device) if torch.cuda.is_current_stream_capturing() else _kept_one(device)
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.ones(1, 1, device=device) if captured else _kept_one(device)
 
 
 @functools.cache
