@@ -91,8 +91,11 @@ def test_a_step_gathers_once_and_an_evaluation_sees_what_changed(
     model(x).sum().backward()
     assert gathered == list(model.blocks)
     assert all(isinstance(p, DTensor) for p in model.parameters()), "after a step nothing is gathered"
-    model(x)  # no backward pass follows, and blocks are left gathered
-    model.eval()
+    parts = list(model.blocks.parameters())
+    old = model(x)  # no backward pass follows, and blocks are left gathered
+    for part in parts:
+        local(part.detach()).mul_(0.5)
+    assert not torch.allclose(model.eval()(x), old), "the first evaluation gathers anew"
     for evaluate in (torch.no_grad(), torch.enable_grad()):
         with evaluate:
             before = model(x)
