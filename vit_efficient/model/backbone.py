@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import nn
 
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import CheckpointError, UserError
-from vit_efficient.model.adapt import FreshHead, adapt
+from vit_efficient.model.adapt import FreshHead, adapt, head_names
 from vit_efficient.model.hub import pretrained_name
-from vit_efficient.model.narrow import narrow_linears
+from vit_efficient.model.narrow import Undrawn, draw, narrow_linears
 from vit_efficient.model.weights import Weights, not_finite, read_weights
 from vit_efficient.recipe.schema import ModelConfig
 
@@ -70,7 +71,8 @@ def create_backbone(config: ModelConfig, num_classes: int | None = None) -> Back
     _check_kwargs(config)
     weights = read_weights(config.weights, name) if config.weights else None
     tag = config.weights.partition(":")[2] if config.weights and config.weights.startswith("timm:") else ""
-    model = _create(config, pretrained_name(name, tag), config.num_classes or num_classes or _classes(weights))
+    classes = config.num_classes or num_classes or _classes(weights)
+    model = _create(config, pretrained_name(name, tag), classes, given=weights is not None)
     image = _image_spec(model, config)
     if weights is None:
         return Backbone(model, image, ["no weights given: initialised at random"])
@@ -111,19 +113,25 @@ def _classes(weights: Weights | None) -> int | None:
     return head.shape[0] if head is not None else None
 
 
-def _create(config: ModelConfig, name: str, num_classes: int | None) -> nn.Module:
+def _create(config: ModelConfig, name: str, num_classes: int | None, *, given: bool) -> nn.Module:
+    """`given`: whether weights take the place of the initial ones."""
+    narrow = config.storage == "bfloat16"
     arguments: dict[str, Any] = dict(config.kwargs)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     if config.image_size is not None:
         arguments["img_size"] = config.image_size
     try:
-        with narrow_linears(torch.bfloat16 if config.storage == "bfloat16" else None):
+        with narrow_linears(torch.bfloat16 if narrow else None), Undrawn() if narrow and given else nullcontext():
             model = timm.create_model(name, pretrained=False, **arguments)
+        if narrow:  # the classifier alone is trained, and may keep its initial weights
+            for parameter, weight in model.named_parameters():
+                if parameter.removesuffix(".weight") in head_names(model):
+                    draw(weight)
     except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        asked = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(
-            f"timm cannot make {config.name} with {given}: {error or type(error).__name__}. "
+            f"timm cannot make {config.name} with {asked}: {error or type(error).__name__}. "
             "Check `model.kwargs` and `model.image_size`."
         ) from error
     if not (isinstance(getattr(model, "blocks", None), nn.Module) and hasattr(model, "patch_embed")):

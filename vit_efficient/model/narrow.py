@@ -12,8 +12,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import init
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
+
+LARGE = 2**20  # elements of a tensor that are not drawn when weights take their place
+# What draws; with timm's `trunc_normal_`, which is a uniform number's `erfinv_`.
+DRAWS = {
+    Tensor.uniform_, Tensor.normal_, Tensor.erfinv_,
+    init.uniform_, init.normal_, init.trunc_normal_, init.xavier_uniform_, init.kaiming_uniform_,
+}  # fmt: skip
 
 
 @contextmanager
@@ -38,6 +47,29 @@ def narrow_linears(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class Undrawn(TorchFunctionMode):
+    """Within the block, large tensors are not drawn and hold anything: drawing 7 billion numbers takes minutes.
+
+    Whoever makes a model so gives all of them a value before it is used: `draw` for what no weights are for.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).numel() >= LARGE:
+            return tensor
+        return func(*args, **kwargs)
+
+
+def draw(weight: Tensor) -> None:
+    """Initial values of a linear layer of a Vision Transformer, as timm draws them, in place.
+
+    Drawn in float32 whatever the layer has: in bfloat16 one uniform number of 500 or so is rounded to 1, and becomes
+    the largest weight that timm allows, 2, a hundred times the standard deviation.
+    """
+    with torch.no_grad():
+        weight.copy_(init.trunc_normal_(torch.empty(weight.shape), std=0.02))
 
 
 def widen(model: nn.Module) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import timm.layers
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vit_efficient.errors import UserError
+from vit_efficient.model import narrow
+from vit_efficient.model.backbone import create_backbone
 from vit_efficient.model.build import build_model
-from vit_efficient.model.narrow import narrow_linears
+from vit_efficient.model.narrow import Undrawn, narrow_linears
 from vit_efficient.quantization.int4_layers import FrozenLinear4bit
 from vit_efficient.recipe.load import load_recipe
 from vit_efficient.recipe.schema import Recipe
@@ -80,3 +86,54 @@ def test_no_linear_layer_stays_wide_while_a_model_is_made() -> None:
 def test_weights_that_are_trained_are_not_rounded() -> None:
     with pytest.raises(UserError, match=r"model\.storage: bfloat16 rounds the weights"):
         build_model(recipe_of("int8_sdpa"), 5)
+
+
+def test_what_is_large_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "LARGE", 64)
+    large, small = nn.Linear(8, 8), nn.Linear(4, 4)
+    with torch.no_grad():
+        large.weight.fill_(7.0)
+        small.weight.fill_(7.0)
+    with Undrawn():
+        for layer in (large, small):
+            layer.reset_parameters()
+            nn.init.normal_(layer.weight)
+            layer.weight.data.normal_()
+    assert large.weight.eq(7).all()
+    with Undrawn():
+        timm.layers.trunc_normal_(large.weight)  # it goes on to scale a uniform number
+    assert large.weight.unique().numel() == 1
+    assert not small.weight.eq(7).any()
+
+
+def test_what_is_drawn_has_no_outliers() -> None:
+    """In bfloat16 timm's own function gives some weights of 2, a hundred times the standard deviation."""
+    weight = torch.empty(256, 256, dtype=torch.bfloat16)
+    narrow.draw(weight)
+    assert 0.019 < weight.float().std() < 0.021
+    assert weight.abs().max() < 0.2
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_given_weights_are_not_drawn_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bool) -> None:
+    """Weights are those of the file whatever memory held before; a classifier that it has not is drawn."""
+    monkeypatch.setattr(narrow, "LARGE", 64)
+    entered = []
+
+    class Seen(Undrawn):
+        def __enter__(self) -> Undrawn:
+            entered.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("vit_efficient.model.backbone.Undrawn", Seen)
+    origin = create_backbone(recipe_of().model, 5).model.state_dict()
+    assert not entered
+    assert origin["blocks.0.attn.proj.weight"].float().std() > 0.01, "without weights all is drawn"
+    state = {name: tensor.contiguous() for name, tensor in origin.items() if head or not name.startswith("head")}
+    save_file(state, tmp_path / "base.safetensors")
+    words = (f"model.weights={tmp_path / 'base.safetensors'}",)
+    made = create_backbone(recipe_of(words=words).model, 5).model.state_dict()
+    assert entered
+    for name, tensor in state.items():
+        assert torch.equal(made[name], tensor), name
+    assert 0.01 < made["head.weight"].float().std() < 0.03
