@@ -154,15 +154,26 @@ def buffers(layout: Layout, weights: Weights) -> int:
     """Bytes that moving weights and gradients takes, at most at once.
 
     - ddp: none. The gradients are views of the reducer's buckets (`gradient_as_bucket_view`).
-    - fsdp: the unit at work gathered and the next one gathered ahead, or all that are kept, and the flat buffer that
-      one is copied out of; what is outside the blocks, gathered throughout; a unit's gradients, and two float32
-      buffers of the reduce-scatter: one filled, one on its way (`torch.distributed.fsdp`, `fully_shard`'s notes on
-      overlap).
+    - fsdp: the unit at work gathered and the next one gathered ahead, and the flat buffer that one is copied out of;
+      what is outside the blocks, gathered throughout; a unit's gradients, and two float32 buffers of the
+      reduce-scatter: one filled, one on its way (`torch.distributed.fsdp`, `fully_shard`'s notes on overlap). Where
+      all units are kept until the backward pass, `_kept`.
     - deepspeed: two reduce buckets; with stage 3, blocks gathered likewise.
     """
     if layout.world == 1 or layout.kind == "ddp":
         return 0
     if layout.kind == "fsdp":
-        gathered = weights.kept if stays_gathered(layout, weights) else 2 * weights.unit
-        return gathered + weights.unit + weights.rest + 4 * weights.unit_trained * 3
+        if stays_gathered(layout, weights):
+            return _kept(weights) + weights.rest
+        return 3 * weights.unit + weights.rest + 4 * weights.unit_trained * 3
     return (3 * weights.block + weights.rest if layout.stage == 3 else 0) + 2 * 4 * layout.bucket
+
+
+def _kept(weights: Weights) -> int:
+    """Bytes for units that stay gathered: in the forward pass all, and the flat buffer that the last is copied out of;
+    in the backward pass what is left of them, a unit's gradients in the dtype of its weights, and what is on its way of
+    those before it, in float32."""
+    made, sent = min(weights.unit, 4 * weights.unit_trained), 4 * weights.unit_trained
+    units = -(-weights.kept // weights.unit)
+    behind = (max(0, weights.kept - done * weights.unit) + made + min(done, 2) * sent for done in range(units))
+    return max(weights.kept + weights.unit, *behind)

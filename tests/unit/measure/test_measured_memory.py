@@ -106,8 +106,26 @@ LOOP = [
 SUBSETS = [
     ("one", "fp32_sdpa", "imagenet_vit_l16", ALONE, 128, False, 23.658, 0.05),
     ("DDP on two", "fp32_sdpa", "imagenet_vit_l16", Layout("ddp", 2), 128, False, 23.687, 0.05),
-    ("FSDP2 on two", "fp32_sdpa", "imagenet_vit_l16", Layout("fsdp", 2), 128, False, 21.505, 0.065),
+    ("FSDP2 on two", "fp32_sdpa", "imagenet_vit_l16", Layout("fsdp", 2), 128, False, 21.505, 0.05),
+    ("FSDP2 on four", "fp32_sdpa", "imagenet_vit_l16", Layout("fsdp", 4), 128, False, 20.390, 0.05),
 ]
+TWO = [("DDP", Layout("ddp", 2)), ("FSDP2", Layout("fsdp", 2))]
+TWO += [(f"ZeRO {stage}", Layout("deepspeed", 2, stage=stage)) for stage in (1, 2, 3)]
+# docs/results/h200-memory.json: layout, checkpointing, `math`, GiB, and what is estimated at least and at most of that.
+TABLE = [
+    ("fused", ALONE, False, False, 14.913, 0.99, 1.0),
+    ("math", ALONE, False, True, 19.707, 0.99, 1.0),
+    ("fused", ALONE, True, False, 6.093, 1.0, 1.09),
+    *(
+        (name, layout, checkpointing, False, measured, least, most)
+        for checkpointing, figures in (
+            (False, [(14.914, 0.99, 1.0), (12.736, 1.0, 1.05), (13.413, 1.0, 1.08), (13.413, 1.0, 1.04),
+                     (15.046, 0.89, 0.9)]),
+            (True, [(6.362, 1.0, 1.05), (4.490, 1.0, 1.12), (5.523, 1.0, 1.13), (5.523, 1.0, 1.04)]),
+        )
+        for (name, layout), (measured, least, most) in zip(TWO, figures, strict=False)
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -130,3 +148,19 @@ def test_measured_peak_of_the_loop(
     estimated = plan.estimate(layout, images, checkpointing=checkpointing).allocated / GIB
     print(f"{estimated:.2f} GiB estimated, {measured} measured, {estimated / measured - 1:+.1%}")
     assert 0.99 * measured <= estimated <= (1 + most) * measured
+
+
+@pytest.mark.parametrize(
+    ("layout", "checkpointing", "math", "measured", "least", "most"),
+    [row[1:] for row in TABLE],
+    ids=[f"{row[0]}{', checkpointing' * row[2]}" for row in TABLE],
+)
+def test_measured_table(
+    layout: Layout, checkpointing: bool, math: bool, measured: float, least: float, most: float
+) -> None:
+    words = ["protocol=imagenet_vit_l16", "quantization.precision=bf16", "optim.ema=null"]
+    words += ["attention.kernel=math"] * math
+    plan = Plan(load_recipe("fp32_sdpa", words).recipe, 1000)
+    estimated = plan.estimate(layout, 64, checkpointing=checkpointing).allocated / GIB
+    print(f"{estimated:.2f} GiB estimated, {measured} measured, {estimated / measured - 1:+.1%}")
+    assert least * measured <= estimated <= most * measured

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from vit_efficient.errors import CapabilityError
-from vit_efficient.measure.layout import Layout
+from vit_efficient.measure.layout import Layout, Weights, buffers
 from vit_efficient.measure.memory import Plan, estimate_recipe, peak_memory_bytes, weight_bytes
 from vit_efficient.model.build import build_model, compute_dtype
 from vit_efficient.recipe.load import load_recipe
@@ -143,6 +144,23 @@ def test_one_device_needs_no_buffers_and_hybrid_shards_within_a_node() -> None:
     hybrid = plan.estimate(Layout("fsdp", 4, 8, hybrid=True), 8, checkpointing=False)
     node = plan.estimate(Layout("fsdp", 4), 8, checkpointing=False)
     assert hybrid.weights == node.weights > plan.estimate(Layout("fsdp", 4, 8), 8, checkpointing=False).weights
+
+
+@pytest.mark.parametrize(
+    ("units", "bytes_"),
+    [
+        (1, 10 + 10),  # the forward pass' flat buffer beside it, or its gradients
+        (2, 10 + 10 + 20),  # the first unit's weights, its gradients, the last one's on their way in float32
+        (3, 10 + 10 + 40),  # two of them on their way
+        (6, 40 + 10 + 40),  # of six, two have let go
+    ],
+)
+def test_units_that_stay_gathered_let_go_in_the_backward_pass(units: int, bytes_: int) -> None:
+    """Of 5 numbers each, gathered in 16 bits; nothing outside them."""
+    weights = Weights(0, 0, 5 * units, 10, 5, 0, unit=10, kept=10 * units, unit_trained=5)
+    assert buffers(Layout("fsdp", 2), weights) == bytes_
+    assert buffers(Layout("fsdp", 2), replace(weights, kept=0)) == 3 * 10 + 3 * 20
+    assert buffers(Layout("fsdp", 2), replace(weights, unit_trained=0)) == 10 * units + 10, "the forward pass"
 
 
 def test_offload_leaves_activations_and_buffers() -> None:
