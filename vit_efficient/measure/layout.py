@@ -174,6 +174,6 @@ def _kept(weights: Weights) -> int:
     in the backward pass what is left of them, a unit's gradients in the dtype of its weights, and what is on its way of
     those before it, in float32."""
     made, sent = min(weights.unit, 4 * weights.unit_trained), 4 * weights.unit_trained
-    units = -(-weights.kept // weights.unit)
+    units = -(-weights.kept // max(1, weights.unit))
     behind = (max(0, weights.kept - done * weights.unit) + made + min(done, 2) * sent for done in range(units))
-    return max(weights.kept + weights.unit, *behind)
+    return max(weights.kept + weights.unit, made + sent, *behind)

@@ -14,9 +14,9 @@ from torch import nn
 
 from vit_efficient.data.image import ImageSpec
 from vit_efficient.errors import CheckpointError, UserError
-from vit_efficient.model.adapt import FreshHead, adapt, head_names
+from vit_efficient.model.adapt import FreshHead, adapt
 from vit_efficient.model.hub import pretrained_name
-from vit_efficient.model.narrow import Undrawn, draw, narrow_linears
+from vit_efficient.model.narrow import Undrawn, narrow_linears
 from vit_efficient.model.weights import Weights, not_finite, read_weights
 from vit_efficient.recipe.schema import ModelConfig
 
@@ -124,10 +124,6 @@ def _create(config: ModelConfig, name: str, num_classes: int | None, *, given: b
     try:
         with narrow_linears(torch.bfloat16 if narrow else None), Undrawn() if narrow and given else nullcontext():
             model = timm.create_model(name, pretrained=False, **arguments)
-        if narrow:  # the classifier alone is trained, and may keep its initial weights
-            for parameter, weight in model.named_parameters():
-                if parameter.removesuffix(".weight") in head_names(model):
-                    draw(weight)
     except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(

@@ -17,19 +17,19 @@ from torch.nn import init
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
-LARGE = 2**20  # elements of a tensor that are not drawn when weights take their place
-# What draws; with timm's `trunc_normal_`, which is a uniform number's `erfinv_`.
-DRAWS = {
-    Tensor.uniform_, Tensor.normal_, Tensor.erfinv_,
-    init.uniform_, init.normal_, init.trunc_normal_, init.xavier_uniform_, init.kaiming_uniform_,
-}  # fmt: skip
+LARGE = 2**20  # elements of a layer that is not drawn when weights take its place
+HEADS = ("head", "head_dist")  # of timm's Vision Transformers; they are trained, and drawn in float32
+# What draws, and `erfinv_`, by which timm makes a normal number of a uniform one.
+DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, init.uniform_, init.normal_, init.kaiming_uniform_}
 
 
 @contextmanager
 def narrow_linears(dtype: torch.dtype | None) -> Iterator[None]:
-    """Within the block, every `nn.Linear` is cast to `dtype` when it becomes a part of another module.
+    """Within the block, every `nn.Linear` but a classifier is cast to `dtype` when it becomes a part of another module.
 
-    So no more than one of them is ever in float32. Initialisation comes after it and draws in `dtype`.
+    So no more than one of them is ever in float32. Initialisation comes after it and draws in `dtype`: in bfloat16 one
+    uniform number of 500 or so is rounded to 1, of which timm makes the largest weight that it allows, 2. A classifier,
+    which is trained, is not to begin so.
 
     Args:
         dtype: None: nothing is cast.
@@ -38,9 +38,14 @@ def narrow_linears(dtype: torch.dtype | None) -> Iterator[None]:
         yield
         return
 
-    def cast(_parent: nn.Module, _name: str, module: nn.Module | None) -> Any:
-        if type(module) is nn.Linear:
+    def cast(_parent: nn.Module, name: str, module: nn.Module | None) -> Any:
+        if type(module) is not nn.Linear:
+            return
+        if name not in HEADS:
             module.to(dtype)
+        elif module.weight.numel() >= LARGE:  # `Undrawn` may have left it zero
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape) * 0.02)
 
     handle = register_module_module_registration_hook(cast)
     try:
@@ -50,26 +55,23 @@ def narrow_linears(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class Undrawn(TorchFunctionMode):
-    """Within the block, large tensors are not drawn and hold anything: drawing 7 billion numbers takes minutes.
+    """Within the block, large layers that are narrow are not drawn: for 7 billion numbers that takes minutes.
 
-    Whoever makes a model so gives all of them a value before it is used: `draw` for what no weights are for.
+    They hold anything, or zero where whoever draws looks at what came out.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).numel() >= LARGE:
+        if func not in DRAWS:
+            return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        before = func is init.kaiming_uniform_  # a layer's own first values, before it is cast
+        if not (before or tensor.dtype == torch.bfloat16) or tensor.numel() < LARGE:
+            return func(*args, **kwargs)
+        if before or func is Tensor.erfinv_:
             return tensor
-        return func(*args, **kwargs)
-
-
-def draw(weight: Tensor) -> None:
-    """Initial values of a linear layer of a Vision Transformer, as timm draws them, in place.
-
-    Drawn in float32 whatever the layer has: in bfloat16 one uniform number of 500 or so is rounded to 1, and becomes
-    the largest weight that timm allows, 2, a hundred times the standard deviation.
-    """
-    with torch.no_grad():
-        weight.copy_(init.trunc_normal_(torch.empty(weight.shape), std=0.02))
+        with torch.no_grad():
+            return tensor.zero_()
 
 
 def widen(model: nn.Module) -> None:

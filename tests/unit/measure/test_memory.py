@@ -149,7 +149,7 @@ def test_one_device_needs_no_buffers_and_hybrid_shards_within_a_node() -> None:
 @pytest.mark.parametrize(
     ("units", "bytes_"),
     [
-        (1, 10 + 10),  # the forward pass' flat buffer beside it, or its gradients
+        (1, 10 + 20),  # its gradients, and these once more in float32
         (2, 10 + 10 + 20),  # the first unit's weights, its gradients, the last one's on their way in float32
         (3, 10 + 10 + 40),  # two of them on their way
         (6, 40 + 10 + 40),  # of six, two have let go
