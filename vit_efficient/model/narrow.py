@@ -43,7 +43,7 @@ def narrow_linears(dtype: torch.dtype | None) -> Iterator[None]:
             return
         if name not in HEADS:
             module.to(dtype)
-        elif module.weight.numel() >= LARGE:  # `Undrawn` may have left it zero
+        elif module.weight.numel() >= LARGE:  # `Undrawn` may have left it without first values
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape) * 0.02)
 
