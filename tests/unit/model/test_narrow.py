@@ -118,6 +118,17 @@ def test_a_classifier_begins_as_in_float32(kwargs: str) -> None:
     assert here.abs().max() <= 6 * there.std()
 
 
+def test_a_large_classifier_has_first_values_where_the_model_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "LARGE", 64)
+    weight = torch.full((16, 16), 7.0)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: weight.clone())
+    with narrow_linears(torch.bfloat16), Undrawn():
+        model = nn.Module()
+        model.head = nn.Linear(16, 16, bias=False)
+    assert model.head.weight.dtype == torch.float32
+    assert 0.01 < model.head.weight.std() < 0.03
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_given_weights_are_not_drawn_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bool) -> None:
     """Weights are those of the file; a classifier that it has not is drawn."""
