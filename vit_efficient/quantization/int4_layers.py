@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.errors import UserError
+from vit_efficient.quantization.nf4 import BLOCK, quantize_4bit
 from vit_efficient.quantization.select import Layer
 from vit_efficient.quantization.stored import StoredBnb4
 from vit_efficient.quantization.surgery import replace
 
-BLOCK = 64  # weights that share a scale
 # Entries that a layer adds to a state dict beside `weight` and `bias`.
 STATE_PREFIX = "weight."
 
@@ -50,8 +50,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
             layer.in_features, layer.out_features, layer.bias is not None,
             type=type, double_quant=double_quant, compute_dtype=compute_dtype,
         )  # fmt: skip
-        weight = layer.weight.detach().to(torch.float32)
-        made._hold(*bnb.functional.quantize_4bit(weight, None, None, BLOCK, double_quant, type))
+        made._hold(*quantize_4bit(layer.weight.detach(), type, double_quant))
         if layer.bias is not None:
             made.bias = nn.Parameter(layer.bias.detach().to(compute_dtype), requires_grad=False)
         return made.train(layer.training)
