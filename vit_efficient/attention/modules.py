@@ -29,9 +29,6 @@ class Arguments(TypedDict):
     mask: Tensor | None
 
 
-Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
-
-
 class BackendAttention(nn.Module):
     """Parameters, buffers and submodules of `original`, in the same order; attention itself by `backend`.
 
@@ -96,7 +93,8 @@ class SelfAttention(BackendAttention):
     proj: nn.Module
     proj_drop: nn.Module
     padding: TokenPadding | None = None  # where sequences are filled up: which tokens can be looked at
-    into_heads: Callable[[SelfAttention, Tensor], Heads | None] | None = None  # in place of `project`, where it can
+    # In place of `project` and `attend_heads`, where it can.
+    attended: Callable[[SelfAttention, Tensor, Arguments], Tensor | None] | None = None
 
     def __init__(self, original: nn.Module, backend: AttentionBackend) -> None:
         super().__init__(original, backend)
@@ -131,7 +129,10 @@ class SelfAttention(BackendAttention):
         self, x_BND: Tensor, *, rope: Tensor | None = None, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """The whole layer, from the block's normed input (B, N, D) to its output (B, N, D)."""
-        y_BND = self.attend_heads(*self.project(x_BND), rope=rope, bias=bias, mask=mask)
+        given: Arguments = {"rope": rope, "bias": bias, "mask": mask}
+        y_BND = None if self.attended is None else self.attended(self, x_BND, given)
+        if y_BND is None:
+            y_BND = self.attend_heads(*self.project(x_BND), **given)
         if self.norm is not None:
             y_BND = self.norm(y_BND)
         if self.gate is not None:
@@ -169,8 +170,6 @@ class SelfAttention(BackendAttention):
         """Queries, keys and values, each (B, H, N, E)."""
         if self.qkv is None:
             return self.split_heads(self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND))
-        if self.into_heads is not None and (found := self.into_heads(self, x_BND)) is not None:
-            return found
         qkv, bias = self.qkv(x_BND), self.separate_bias()
         return self.split_heads(qkv if bias is None else qkv + bias.to(qkv.dtype))
 

@@ -153,6 +153,13 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout:
     return choose_constant(index, *fields) if compiling else choose(Call(*fields), torch.device("cuda", index))
 
 
+def takes_cudnn(backend: AttentionBackend, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> bool:
+    """Whether this backend would have cuDNN do a call without bias, mask and dropout, because it is the fastest."""
+    if not isinstance(backend, SdpaBackend) or backend.kernel != "auto":
+        return False
+    return _fastest(q_BHNE, k_BHNE, v_BHNE, None, 0.0) == "cudnn"
+
+
 def batch_of(q: Tensor) -> int:
     """The batch that a compiler traces for: the one that the program is for, or the largest where it serves any."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy; a compiler has done so

@@ -192,3 +192,21 @@ def test_gradients_with_their_sums(op: str, capability: int, monkeypatch: pytest
     assert made.metadata.shared <= SHARED_MEMORY[capability]
     assert "ld.global.v4" in made.asm["ptx"]  # 16 bytes at once
     assert "st.global.v4" in made.asm["ptx"]
+
+
+@inside
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_of_attention(first: bool, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vit_efficient.kernels.attention_gradient import triton as kernels
+
+    recorder = Recorder(kernels._kernel)
+    monkeypatch.setattr(kernels, "_kernel", recorder)
+    q, k, v = torch.empty(4, 197, 3, 16, 64, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4).unbind(0)
+    grad, out = torch.empty(2, 4, 197, 16, 64, dtype=torch.bfloat16).transpose(2, 3).unbind(0)
+    kernels.attention_gradient(grad, q, k, v, out, torch.empty(4, 16, 197, 1), 0.125, first=first)
+    made = compiled(recorder, capability)
+    assert made.metadata.shared <= SHARED_MEMORY[capability]
+    if capability == 90:
+        assert "wgmma" in made.asm["ptx"]
+        assert not serialized(made.asm["ptx"], tmp_path)

@@ -11,6 +11,7 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
+from vit_efficient.attention import sdpa
 from vit_efficient.attention.sdpa import SdpaBackend
 from vit_efficient.attention.swap import swap_attention
 from vit_efficient.model import late_bias
@@ -80,10 +81,90 @@ def test_each_alone(part: str) -> None:
     late_biases(model)
     for block in model.blocks:
         if part == "gelu":
-            block.attn.into_heads = None
+            block.attn.attended = None
         else:
             block.mlp.__class__ = Mlp
     near(gradients(model, x), gradients(plain, x))
+
+
+def plain_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What `_attend` asks of cuDNN, in plain PyTorch."""
+    s = scale * (q @ k.mT)
+    return (s.softmax(-1) @ v).transpose(1, 2).contiguous().transpose(1, 2), s.logsumexp(-1, keepdim=True)
+
+
+@pytest.fixture
+def short(forced: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Attention by its own backward pass, wherever it is alone between its projections; notes each forward pass."""
+    attended: list[str] = []
+    noted = torch.compiler.disable(lambda: attended.append("short"))
+
+    def attend(*given: Any) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling():
+            noted()
+        return plain_attend(*given)
+
+    monkeypatch.setattr(late_bias, "_short", lambda backend, qkv, heads: True)
+    monkeypatch.setattr(late_bias, "_attend", attend)
+    return attended
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+def test_short_attention_has_the_same_gradients(compile: bool, checkpointing: bool, short: list[str]) -> None:
+    plain, x = vit(), torch.randn(3, 3, 32, 32)
+    model = copy.deepcopy(plain)
+    late_biases(model)
+    if compile:
+        torch.compiler.reset()
+    for block in model.blocks:
+        prepare_blocks([block], checkpointing=checkpointing, compile=False)
+        if compile:
+            block.compile(backend="aot_eager", fullgraph=True)
+    near(gradients(model, x), gradients(plain, x))
+    if not compile:
+        assert len(short) == (4 if checkpointing else 2)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("words", [{"qk_norm": True}, {"attn_drop_rate": 0.5}])
+def test_what_lies_between_projections_keeps_pytorchs_attention(words: dict[str, Any], short: list[str]) -> None:
+    model = vit(**words)
+    late_biases(model)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert not short
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_mask_keeps_pytorchs_attention(short: list[str]) -> None:
+    plain, x = vit().blocks[0].attn, torch.randn(2, 17, 24)
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()
+    attention = copy.deepcopy(plain)
+    late_biases(attention)
+    torch.testing.assert_close(attention(x, attn_mask=mask), plain(x, attn_mask=mask))
+    assert not short
+    torch.testing.assert_close(attention(x), plain(x))
+    assert short
+
+
+@pytest.mark.usefixtures("forced")
+def test_pytorch_attends_where_cudnn_is_not_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it never is; where it is forced, chosen otherwise, or for sequences that are long, it is not asked."""
+    qkv = torch.randn(2, 17, 3 * 128, dtype=torch.bfloat16)
+    monkeypatch.setattr(late_bias, "_timed", lambda index: True)
+    assert not late_bias._short(SdpaBackend(), qkv, 2)
+    for kernel, short in {"cudnn": True, "flash": False, None: False}.items():
+        monkeypatch.setattr(sdpa, "_fastest", lambda *given, kernel=kernel: kernel)
+        assert late_bias._short(SdpaBackend(), qkv, 2) is short
+        assert not late_bias._short(SdpaBackend("cudnn"), qkv, 2)
+        assert not late_bias._short(SdpaBackend(), qkv.float(), 2)
+        assert not late_bias._short(SdpaBackend(), torch.randn(1, 300, 384).bfloat16(), 2)
+        assert not late_bias._short(SdpaBackend(), qkv, 16)
+    monkeypatch.setattr(sdpa, "_fastest", lambda *given: "cudnn")
+    monkeypatch.setattr(late_bias, "_timed", lambda index: False)
+    assert not late_bias._short(SdpaBackend(), qkv, 2)
 
 
 @pytest.mark.usefixtures("forced")
@@ -121,7 +202,7 @@ def test_only_plain_layers() -> None:
     model.blocks[1].mlp = GluMlp(24, 96, act_layer=type(model.blocks[1].mlp.act))
     late_biases(model)
     assert not any(isinstance(module, LateMlp) for module in model.modules())
-    assert all(block.attn.into_heads is None for block in model.blocks)
+    assert all(block.attn.attended is None for block in model.blocks)
 
 
 def test_layers_with_hooks_are_called_as_they_are() -> None:
@@ -130,7 +211,7 @@ def test_layers_with_hooks_are_called_as_they_are() -> None:
     model.blocks[1].attn.qkv.register_forward_pre_hook(lambda *given: None)
     late_biases(model)
     assert [type(block.mlp) is LateMlp for block in model.blocks] == [False, True]
-    assert [block.attn.into_heads is not None for block in model.blocks] == [True, False]
+    assert [block.attn.attended is not None for block in model.blocks] == [True, False]
 
 
 @pytest.mark.usefixtures("forced")
@@ -167,7 +248,9 @@ def test_programs_ask_without_a_break(autocast: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_in_bf16_on_a_gpu(checkpointing: bool) -> None:
+@pytest.mark.parametrize("short", [False, True])
+def test_compiled_in_bf16_on_a_gpu(short: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever backward pass attention has: which it has is measured, so it is chosen here."""
     torch.compiler.reset()
     plain, x = vit(embed_dim=192).cuda(), torch.randn(16, 3, 32, 32, device="cuda")
     for parameter in plain.parameters():
@@ -176,14 +259,17 @@ def test_compiled_in_bf16_on_a_gpu(checkpointing: bool) -> None:
     late_biases(model)
     prepare_blocks(model.blocks, checkpointing=checkpointing, compile=True)
     wanted = gradients(plain, x)
+    monkeypatch.setattr(sdpa, "_fastest", lambda *given: "cudnn" if short else "flash")
     called = []
-    from vit_efficient.kernels.bias_gradient import triton
+    from vit_efficient.kernels.attention_gradient import triton as attention
+    from vit_efficient.kernels.bias_gradient import triton as biases
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("gelu_gradient", "heads_gradient"):
-            inner = getattr(triton, name)
-            patch.setattr(triton, name, lambda *given, name=name, inner=inner: (called.append(name), inner(*given))[1])
-        with torch.autocast("cuda", torch.bfloat16):
-            found = gradients(model, x)
-    assert sorted(called) == ["gelu_gradient"] * 2 + ["heads_gradient"] * 2
+    behind = "attention_gradient" if short else "heads_gradient"
+    for module, name in ((biases, "gelu_gradient"), (biases, "heads_gradient"), (attention, "attention_gradient")):
+        inner = getattr(module, name)
+        record = lambda *given, name=name, inner=inner: (called.append(name), inner(*given))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, record)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = gradients(model, x)
+    assert sorted(called) == sorted(["gelu_gradient", behind] * 2)
     near(found, wanted, 2e-2)

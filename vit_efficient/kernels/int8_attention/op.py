@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vit_efficient.errors import CapabilityError
 from vit_efficient.kernels import attention_values, capability
-from vit_efficient.kernels.attention_gradient import drop, gradients
+from vit_efficient.kernels.attention_backward import drop, gradients
 from vit_efficient.kernels.int8_attention import reference
 from vit_efficient.kernels.int8_attention.reference import (
     Granularity,
