@@ -18,13 +18,22 @@ from vit_efficient.parallel.order import prepare_blocks
 from vit_efficient.parallel.strategies import build_strategy
 
 
+class Layers(nn.Sequential):
+    """With a forward pass of its own: of PyTorch's own modules torch 2.11 compiles none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class Probe(L.LightningModule):
     """Notes where gradients lie before the optimizer's step, and whether they are gone before the next forward."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         inside = (nn.Linear(width, width), nn.Linear(width, width))
-        self.model = nn.Sequential(nn.Linear(8, width), *inside, nn.Linear(width, 4))
+        self.model = Layers(nn.Linear(8, width), *inside, nn.Linear(width, 4))
         self.storages: list[int] = []
         self.sent: bool | None = None
         self.left: list[int] = []
