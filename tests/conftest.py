@@ -52,6 +52,12 @@ def curve(run: Path) -> Curve:
 
 
 @pytest.fixture(scope="session")
+def steps_shown() -> Callable[[Path], list[int]]:
+    """Steps of a run whose training loss TensorBoard shows, in order."""
+    return lambda run: sorted(curve(run)["loss"])
+
+
+@pytest.fixture(scope="session")
 def assert_same_curve() -> Callable[..., None]:
     """``assert_same_curve(run, other, rel=..., steps=36)``: with ``run.log_every=1``, the same at every step."""
 

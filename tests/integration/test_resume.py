@@ -126,6 +126,7 @@ def test_interrupted(
     small: Sequence[str],
     straight: Path,
     tmp_path: Path,
+    steps_shown: Callable[[Path], list[int]],
     step: int,
 ) -> None:
     words = (*RECIPE, *small, "run.dir=stopped", "data.audit=stopped.txt")
@@ -134,6 +135,7 @@ def test_interrupted(
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 130, printed
     assert "--resume stopped" in printed
+    assert steps_shown(tmp_path / "stopped") == list(range(5, step + 1, 5))  # the one that it was stopped after too
     command("fit", "--resume", "stopped")  # the words that were printed: the run's own recipe serves
     check_samples(tmp_path / "straight.txt", tmp_path / "stopped.txt")
     assert_same(straight, tmp_path / "stopped")

@@ -134,10 +134,13 @@ class RunLoop(L.Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, ViTDataModule)
         datamodule.mark_step(epoch, step + 1)
-        at_end = step + 1 == pl_module.steps_per_epoch
-        if at_end or trainer.global_step % self.log_every == 0:
+        if step + 1 == pl_module.steps_per_epoch or trainer.global_step % self.log_every == 0:
             self.losses.read(trainer.world_size * self.accumulate)
         self.losses.restart()
+
+    def settle(self, trainer: L.Trainer, pl_module: ViTModule) -> None:
+        """After a step that every callback has seen: save if it is time to, and leave if all ranks agreed on that."""
+        at_end = self.position.step == pl_module.steps_per_epoch
         asked, due = self.agreement.outcome(self._flags())
         self._stop_if(trainer, asked)
         if not at_end and (due or self._due_by_steps()):  # at an epoch's end the checkpoint waits for the evaluation
@@ -243,3 +246,17 @@ class RunLoop(L.Callback):
         self.best, self.history = dict(own["best"]), list(own["history"])
         micro = pl_module.steps_per_epoch * self.accumulate
         write_loops(checkpoint["loops"], self.position, pl_module.steps_per_epoch, self.accumulate, micro)
+
+
+class Settle(L.Callback):
+    """The last of the callbacks: what a step left for the others to show is shown before the run saves or ends."""
+
+    def __init__(self, loop: RunLoop) -> None:
+        self.loop = loop
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, ViTModule)
+        if (batch_idx + 1) % self.loop.accumulate == 0 or batch_idx + 1 == trainer.num_training_batches:
+            self.loop.settle(trainer, pl_module)

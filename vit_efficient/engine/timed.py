@@ -14,7 +14,7 @@ from vit_efficient.data.fixed import FixedData
 from vit_efficient.engine.calibration import training_device
 from vit_efficient.engine.contenders import build_random
 from vit_efficient.engine.guard import Guard
-from vit_efficient.engine.loop import RunLoop
+from vit_efficient.engine.loop import RunLoop, Settle
 from vit_efficient.engine.monitor import Monitor
 from vit_efficient.engine.rundir import RunDir
 from vit_efficient.engine.setup import build_transforms
@@ -158,7 +158,7 @@ def time_training(
     loop = RunLoop(run, recipe.checkpoint, recipe.model_dump(mode="json"), accumulate(recipe), recipe.run.log_every)
     clock = StepClock(accumulate(recipe), warm_up, steps)
     with Guard(recipe, run.path, rank()) as guard:
-        callbacks: list[Any] = [loop, Monitor(loop, data.class_names), guard, clock]
+        callbacks: list[Any] = [loop, Monitor(loop, data.class_names), guard, clock, Settle(loop)]
         trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks, writer=loop.writer)
         trainer.limit_val_batches = 0
         guard.watch(trainer)

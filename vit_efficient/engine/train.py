@@ -18,7 +18,7 @@ from vit_efficient.engine.checkpoint import read_checkpoint
 from vit_efficient.engine.deployed import load_file, save_deployed
 from vit_efficient.engine.evaluation import evaluate_model, speed_up
 from vit_efficient.engine.guard import Guard
-from vit_efficient.engine.loop import RunLoop
+from vit_efficient.engine.loop import RunLoop, Settle
 from vit_efficient.engine.monitor import Monitor
 from vit_efficient.engine.progress import ConsoleProgress
 from vit_efficient.engine.ranks import sum_over_ranks
@@ -143,8 +143,8 @@ def _train(
     callbacks: list[Any] = [loop, Monitor(loop, data.class_names)]
     callbacks.append(ConsoleProgress(loop, console, recipe.optim.epochs))
     if recipe.data.audit is not None:
-        callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))  # before the loop, which may end the run
-    callbacks.append(guard)
+        callbacks.insert(0, Audit(recipe.data.audit, accumulate(recipe)))
+    callbacks += [guard, Settle(loop)]  # the last, since it may end the run
     trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks, writer=loop.writer)
     guard.watch(trainer)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
