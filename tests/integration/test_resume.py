@@ -97,7 +97,7 @@ def check_samples(straight: Path, resumed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, [25], pytest.param(10, marks=pytest.mark.long)], ids=["3", "new epoch", "10"])
+@pytest.mark.parametrize("kills", [[25], pytest.param(10, marks=pytest.mark.long)], ids=["new epoch", "10"])
 def test_killed(
     start_with: Start, command: Command, small: Sequence[str], straight: Path, tmp_path: Path, kills: int | list[int]
 ) -> None:
@@ -190,6 +190,11 @@ def compare_with_kills(start_with: Start, words: tuple[str, ...], tmp_path: Path
     check_samples(tmp_path / "straight.txt", tmp_path / "killed.txt")
     assert_same_random(tmp_path / "straight-random.txt", tmp_path / "random.txt")
     assert_same(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_killed_with_every_generator_watched(start_with: Start, small: Sequence[str], tmp_path: Path) -> None:
+    compare_with_kills(start_with, (*RECIPE, *small, "data.workers=0"), tmp_path, kills=3)
 
 
 @pytest.mark.slow

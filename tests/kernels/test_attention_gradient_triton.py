@@ -78,16 +78,18 @@ def test_blocks(tokens: int, block_m: int, dtype: torch.dtype, device: torch.dev
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [129, 160, 197, 201, 225, 256])
-def test_a_batch_that_fills_the_chip(tokens: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("tokens", [5, 17, 50, 65, 100, 128, 129, 160, 197, 201, 225, 256])
+def test_a_batch_that_fills_the_chip(tokens: int, width: int, dtype: torch.dtype) -> None:
     """Programs that share a multiprocessor, one after another: each to itself, and every time the same."""
-    given, scale = operands((64, 16, tokens, 64), torch.bfloat16, torch.device("cuda"))
+    given, scale = operands((64, 16, tokens, width), dtype, torch.device("cuda"))
     made, sums = kernels.attention_gradient(*given, scale)
     for image in range(0, 64, 4):
         one = tuple(x[image : image + 4] for x in given)
         wanted = reference.attention_gradient(*(x.float() for x in one), scale)[0]
         found = made.view(64, tokens, -1)[image : image + 4].float().view_as(wanted)
-        assert (found - wanted).norm() <= 2 * torch.finfo(torch.bfloat16).eps * wanted.norm()
+        assert (found - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
     for _ in range(8):
         again, sums_again = kernels.attention_gradient(*given, scale)
         assert torch.equal(again, made)

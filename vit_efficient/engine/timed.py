@@ -46,9 +46,10 @@ class Timed:
 
 
 class StepClock(L.Callback):
-    """Notes when optimizer steps end, and ends the training when there are enough. To be the last callback.
+    """Notes when optimizer steps end, and ends the training when there are enough.
 
-    On a GPU by events, so that nothing waits for the device before the last step is done.
+    To be the last callback but `Settle`. On a GPU by events, so that nothing waits for the device before the last step
+    is done.
 
     Args:
         accumulate: micro-batches of a step.

@@ -52,7 +52,7 @@ def _grid() -> tuple[Tensor, Tensor]:
     borders = (code[1:] + code[:-1]) / 2
     cells = _cells(borders).long()
     assert cells.unique().numel() == cells.numel()
-    before = (cells < torch.arange(2 * CELLS + 1).unsqueeze(1)).sum(1).to(torch.float32)
+    before = (cells < torch.arange(2 * CELLS + 1, device="cpu").unsqueeze(1)).sum(1).to(torch.float32)
     inside = torch.full_like(before, float("inf"))
     inside[cells] = borders
     return before, inside
@@ -66,14 +66,15 @@ def _cells(x: Tensor) -> Tensor:
 def _codes(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
     """Packed codes and scales of (blocks, BLOCK); None where one is not finite, which has no cell."""
     before, inside = _grid()
-    packed = torch.empty((blocks.numel() // 2, 1), dtype=torch.uint8)
-    scales = torch.empty(len(blocks), dtype=torch.float32)
+    packed = torch.empty((blocks.numel() // 2, 1), dtype=torch.uint8, device="cpu")
+    scales = torch.empty(len(blocks), dtype=torch.float32, device="cpu")
     for start in range(0, len(blocks), PIECE):
         piece = blocks[start : start + PIECE].to(torch.float32)
         largest = piece.abs().amax(-1)
-        if not largest.isfinite().all():
+        inverse = 1.0 / largest.clamp(min=1e-38)
+        if not (largest.isfinite() & inverse.isfinite()).all():  # the second where the smallest numbers are made 0
             return None
-        x = (piece * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+        x = (piece * inverse.unsqueeze(1)).clamp_(-1, 1).view(-1)
         cells = _cells(x)
         beyond = x > torch.index_select(inside, 0, cells)
         codes = torch.index_select(before, 0, cells).add_(beyond).to(torch.uint8)

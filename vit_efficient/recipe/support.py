@@ -112,7 +112,7 @@ Made by `make docs` from the rules that every command asks before it does anythi
 (`recipe/compat.py`); nothing here is written by hand. A number refers to the reason below the table. What a rule cannot
 know without building the model (head width, layers that `keep` matches) is refused when it is built. All optional
 packages are taken to be installed. "yes" means that nothing speaks against it; what was really run, and where, is in
-[fsdp.md](fsdp.md), [deepspeed.md](deepspeed.md) and [results/](results/).
+[scaling.md](scaling.md), [fsdp.md](fsdp.md), [deepspeed.md](deepspeed.md) and [results/](results/).
 """
 
 

@@ -129,6 +129,29 @@ def test_short_attention_has_the_same_gradients(compile: bool, checkpointing: bo
         torch.testing.assert_close(model(x), plain.eval()(x))
 
 
+@pytest.mark.parametrize("trained", ["qkv.bias", "qkv.weight", "attn.proj", "head"])
+def test_short_attention_with_frozen_weights_another_scale_and_any_batch(trained: str, short: list[str]) -> None:
+    plain = vit()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(trained in name)
+    for block in plain.blocks:
+        block.attn.scale = 0.7
+    model = copy.deepcopy(plain)
+    late_biases(model)
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (3, 2, 5):
+        x = torch.randn(batch, 3, 32, 32)
+        for one in (model, plain):
+            one.zero_grad()
+            one(x).square().sum().backward()
+        for (name, found), (_, wanted) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+            assert (found.grad is None) == (wanted.grad is None) == (trained not in name), name
+            if wanted.grad is not None:
+                assert (found.grad - wanted.grad).norm() <= 1e-5 * wanted.grad.norm(), name
+
+
 @pytest.mark.parametrize("words", [{"qk_norm": True}, {"attn_drop_rate": 0.5}])
 def test_what_lies_between_projections_keeps_pytorchs_attention(words: dict[str, Any], short: list[str]) -> None:
     model = vit(**words)

@@ -13,7 +13,11 @@ from vit_efficient.quantization import nf4
 
 
 def as_bitsandbytes(weight: Tensor, type: Any = "nf4", double_quant: bool = True) -> None:
-    packed, state = nf4.quantize_4bit(weight, type, double_quant)
+    ours_alone = type == "nf4" and weight.numel() % nf4.BLOCK == 0
+    with pytest.MonkeyPatch.context() as patch:
+        if ours_alone:
+            patch.setattr(bnb.functional, "quantize_4bit", None)
+        packed, state = nf4.quantize_4bit(weight, type, double_quant)
     wanted, its = bnb.functional.quantize_4bit(weight.float(), None, None, nf4.BLOCK, double_quant, type)
     assert torch.equal(packed, wanted)
     ours, theirs = state.as_dict(), its.as_dict()
@@ -69,3 +73,21 @@ def test_what_is_not_finite_goes_to_bitsandbytes(value: float) -> None:
     assert nf4._codes(weight) is None
     packed, _ = nf4.quantize_4bit(weight, "nf4", False)
     assert torch.equal(packed, bnb.functional.quantize_4bit(weight, None, None, 64, False, "nf4")[0])
+
+
+def test_zeros_where_the_smallest_numbers_are_made_zero() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        packed, state = nf4.quantize_4bit(torch.zeros(2, 64), "nf4", False)
+        assert bnb.functional.dequantize_4bit(packed, state).nan_to_num().count_nonzero() == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_on_the_cpu_whatever_the_default_device() -> None:
+    weight = torch.randn(4, 64)
+    with torch.device("meta"):
+        packed, state = nf4.quantize_4bit(weight, "nf4", False)
+    assert torch.equal(packed, nf4.quantize_4bit(weight, "nf4", False)[0])
+    assert state.absmax.device.type == "cpu"

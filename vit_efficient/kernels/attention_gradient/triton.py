@@ -199,7 +199,8 @@ def attention_gradient(
         block_m: queries that a program holds at once.
         num_warps: of a program.
         num_stages: loads under way.
-        first: whether what a query has besides its vectors is made for all queries first, or with each block.
+        first: whether what a query has besides its vectors is made for all queries first, or with each block, which is
+            slower on an H200 and here to be timed on other chips.
     """
     batch, heads, tokens, width = q_BHTE.shape
     q, k, v = _readable(q_BHTE, k_BHTE, v_BHTE)
