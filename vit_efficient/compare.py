@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     from vit_efficient.engine.rundir import write_json
     from vit_efficient.measure.comparison import find_baseline, group_runs
-    from vit_efficient.measure.comparison_table import as_plain, comparison_table, notes
+    from vit_efficient.measure.comparison_table import as_plain, notes, print_comparison
 
     finished, unfinished = find_runs(options.runs)
     if not finished:
@@ -107,7 +107,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     groups = group_runs([read_run(run) for run in finished], across_protocols=options.across_protocols)
     baseline = find_baseline(groups, options.baseline)
     groups.sort(key=lambda group: group is not baseline)  # it comes first, the others stay in order
-    console.print(comparison_table(groups, baseline))
+    print_comparison(console, groups, baseline)
     for line in notes(groups, baseline):
         console.print(line, soft_wrap=True)
     for run in unfinished:

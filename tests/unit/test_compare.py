@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from scipy import stats
 
-from vit_efficient.compare import main
+from vit_efficient.compare import main, read_run
 from vit_efficient.engine.rundir import RunDir, write_json, write_text
 from vit_efficient.errors import UserError
 from vit_efficient.machine import Gpu, Machine
+from vit_efficient.measure.comparison import find_baseline, group_runs
+from vit_efficient.measure.comparison_table import print_comparison
 from vit_efficient.measure.record import environment
 from vit_efficient.recipe.compat import resolve
 from vit_efficient.recipe.load import dump_recipe, load_recipe
@@ -206,3 +210,31 @@ def test_figures_that_cannot_be_used(make: Make, content: str | None, message: s
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run, nor a folder of runs"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_no_cell_is_cut_in_a_narrow_terminal(make: Make, width: int, seeds: int) -> None:
+    """All in one table where that fits, else accuracy and cost in two."""
+    runs = [
+        read_run(RunDir(make(variant, seed, top1)))
+        for variant, tops in (("fp32_sdpa", FP32), ("int8_static_sdpa", INT8))
+        for seed, top1 in list(tops.items())[:seeds]
+    ]
+    groups = group_runs(runs, across_protocols=False)
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    print_comparison(console, groups, find_baseline(groups, None))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    print(printed)
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    for word in (
+        "fp32_sdpa",
+        "int8_static_sdpa",
+        "0.25",
+        "91.00" if seeds == 3 else "90.00",
+        "1,001" if seeds == 3 else "1,000",
+    ):
+        assert word in printed, word
+    assert ("deviation" in printed) == (seeds == 3) or width == 200
+    assert printed.count("variant") == (1 if width == 200 or (seeds == 1 and width > 100) else 2)

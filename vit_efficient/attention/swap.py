@@ -79,7 +79,7 @@ def known_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not found:
         raise UserError(
             f"{type(model).__name__} has no attention, so there is nothing for `attention` to act on. "
-            "Take a Vision Transformer as `model.name`."
+            "Take a Vision Transformer of timm."
         )
     return found
 

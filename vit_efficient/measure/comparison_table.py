@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from rich.console import Console
 from rich.table import Table
 
 from vit_efficient.measure.comparison import Difference, Group, Run, difference
 from vit_efficient.measure.table import percent
 from vit_efficient.measure.units import size, wilson
 
+COST = ("on disk", "of fp32", "images/s", "peak memory")
+ENDLESS = 10_000  # letters
 
-def comparison_table(groups: Sequence[Group], baseline: Group | None) -> Table:
-    """One row a variant; accuracies in per cent, differences in points of top-1."""
+
+def print_comparison(console: Console, groups: Sequence[Group], baseline: Group | None) -> None:
+    """One row a variant; accuracies in per cent, differences in points of top-1. Where a terminal is too narrow for it,
+    two tables: accuracy, then cost; columns that say nothing of single runs are left out."""
     recipe = groups[0].runs[0].recipe
-    table = Table(title=f"{recipe.protocol}: {recipe.model.name}", title_justify="left", title_style="bold")
-    table.add_column("variant", style="bold")
-    table.add_column("precision")
-    for name in ("runs", "top-1", "deviation", "range"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if baseline is not None:
-        table.add_column(f"to {baseline.label}, by seed", justify="right", no_wrap=True)
-    for name in ("on disk", "of fp32", "images/s", "peak memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for group in groups:
-        table.add_row(*_cells(group, baseline))
+    title = f"{recipe.protocol}: {recipe.model.name}"
+    names = ["variant", "precision", "runs", "top-1", "deviation", "range"]
+    names += [] if baseline is None else [f"to {baseline.label}, by seed"]
+    rows = [dict(zip([*names, *COST], _cells(group, baseline), strict=True)) for group in groups]
+    names = [name for name in names if name not in ("deviation", "range") or any(row[name] for row in rows)]
+    whole = _table(title, [*names, *COST], rows)
+    if console.measure(whole, options=console.options.update(width=ENDLESS)).maximum <= console.width:
+        console.print(whole)
+        return
+    folded = [row | {"range": row["range"].replace(" to ", " to\n")} for row in rows]
+    console.print(_table(title, [name for name in names if name != "precision"], folded, narrow=True))
+    console.print(_table("", ["variant", "precision", *COST], rows, narrow=True))
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Mapping[str, str]], *, narrow: bool = False) -> Table:
+    """`narrow`: names of columns go on in a further line where they are longer than what is below them."""
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    for name in names:
+        pieces = [*(name.split() if narrow else [name]), *(line for row in rows for line in row[name].split("\n"))]
+        side: Literal["left", "right"] = "left" if name in ("variant", "precision") else "right"
+        table.add_column(name, justify=side, style="bold" if name == "variant" else None, width=max(map(len, pieces)))
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
     return table
 
 

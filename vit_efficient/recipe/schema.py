@@ -82,7 +82,10 @@ class OptimConfig(Config):
     @classmethod
     def _within_run(cls, warmup: float, info: ValidationInfo) -> float:
         if warmup > info.data.get("epochs", warmup):
-            raise ValueError(f"is {warmup:g}, longer than the whole run: optim.epochs={info.data['epochs']}")
+            raise ValueError(
+                f"is {warmup:g}, longer than the whole run: optim.epochs={info.data['epochs']}. Make it shorter too: "
+                "optim.warmup_epochs=0"
+            )
         return warmup
 
     @field_validator("betas")
