@@ -28,6 +28,7 @@ from vit_efficient.quantization.base import (
     precision_refusal,
 )
 from vit_efficient.quantization.calibration import CalibrationConfig
+from vit_efficient.quantization.imports import without_notices
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,8 @@ class Int4Config(Config):
             UserError: an entry of `keep` or `critical` matches nothing, nothing is left to quantize or to adapt, a
                 convolution is selected, or a role in `lora.targets` matches no layer.
         """
-        from vit_efficient.quantization import int4_layers, lora, select, unfreeze
+        with without_notices():
+            from vit_efficient.quantization import int4_layers, lora, select, unfreeze
 
         critical = unfreeze.critical_layers(model, self.critical) if self.train == "critical" else {}
         kept = [entry for entry in self.critical if critical and entry != unfreeze.NORMS]

@@ -277,3 +277,13 @@ def test_importing_the_package_loads_nothing() -> None:
     assert vit_efficient.quantize_model is quantize_model
     with pytest.raises(AttributeError, match="no attribute 'quantise_model'"):
         vit_efficient.quantise_model  # noqa: B018
+
+
+def test_nothing_is_printed_of_kernels_that_are_not_used() -> None:
+    """bitsandbytes, peft and torchao have much to say when they are imported; a process of its own imports them."""
+    code = (
+        "import timm, vit_efficient; sizes = dict(embed_dim=48, depth=1, num_heads=3, num_classes=5); "
+        "vit_efficient.quantize_model(timm.create_model('vit_tiny_patch16_224', **sizes).eval(), 'int4_sdpa')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
