@@ -5,6 +5,7 @@ python -m vit_efficient
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -103,8 +104,14 @@ def main() -> None:
     about = "Lists the commands and says what this machine can run."
     _, rest = Parser(prog="python -m vit_efficient", description=about).parse_known_args()
     if rest:
-        name = rest[0] if rest[0] in COMMANDS else "COMMAND"
-        raise UserError(f"a command is a module of its own: python -m vit_efficient.{name} --help")
+        if rest[0] in COMMANDS:
+            raise UserError(f"a command is a module of its own: python -m vit_efficient.{rest[0]} --help")
+        near = difflib.get_close_matches(rest[0], COMMANDS, n=1)
+        raise UserError(
+            f"there is no command {rest[0]!r}." + (f" Did you mean {near[0]}?" if near else "") + f" There are "
+            f"{', '.join(COMMANDS)}, each a module of its own: python -m vit_efficient.{near[0] if near else 'COMMAND'} "
+            "--help"
+        )
     console = Console(highlight=False)
     machine = detect()
     console.print(f"[bold]vit_efficient {__version__}[/]\n")

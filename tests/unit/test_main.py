@@ -89,3 +89,10 @@ def test_a_command_written_as_a_word() -> None:
     ran = run("fit", "--recipe", "int8_sdpa")
     assert ran.returncode == 2
     assert "python -m vit_efficient.fit --help" in ran.stderr
+
+
+def test_a_word_that_is_no_command() -> None:
+    ran = run("evalute", "model.safetensors")
+    assert ran.returncode == 2
+    assert "no command 'evalute'. Did you mean evaluate?" in ran.stderr
+    assert all(name in ran.stderr for name in COMMANDS)

@@ -105,7 +105,7 @@ def print_rows(console: Console, rows: Sequence[TrainingRow], title: str) -> Non
         if first is not None:
             said = (
                 f"\neach: images a second of one device. x: that, over {first.name}'s: median and range over "
-                f"{len(first.rounds)} runs of each, in turn. ms: of a step, the slowest rank's, median. model: `each` "
+                f"{len(first.rounds)} run{'s' * (len(first.rounds) > 1)} of each, in turn. ms: of a step, the slowest rank's, median. model: `each` "
                 "by docs/scaling.md. counted: peak by `fit --dry-run`, without the CUDA context."
             )
             _say(console, said, "dim")
