@@ -107,10 +107,10 @@ def main() -> None:
         if rest[0] in COMMANDS:
             raise UserError(f"a command is a module of its own: python -m vit_efficient.{rest[0]} --help")
         near = difflib.get_close_matches(rest[0], COMMANDS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"there is no command {rest[0]!r}." + (f" Did you mean {near[0]}?" if near else "") + f" There are "
-            f"{', '.join(COMMANDS)}, each a module of its own: python -m vit_efficient.{near[0] if near else 'COMMAND'} "
-            "--help"
+            f"there is no command {rest[0]!r}.{meant} There are {', '.join(COMMANDS)}, each a module of its own: "
+            f"python -m vit_efficient.{near[0] if near else 'COMMAND'} --help"
         )
     console = Console(highlight=False)
     machine = detect()

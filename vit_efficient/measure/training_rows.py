@@ -103,10 +103,11 @@ def print_rows(console: Console, rows: Sequence[TrainingRow], title: str) -> Non
                 assert first is not None, "this one ran"
                 _say(console, _aligned(_cells(row, first)), "")
         if first is not None:
+            runs = "1 run" if len(first.rounds) == 1 else f"{len(first.rounds)} runs"
             said = (
-                f"\neach: images a second of one device. x: that, over {first.name}'s: median and range over "
-                f"{len(first.rounds)} run{'s' * (len(first.rounds) > 1)} of each, in turn. ms: of a step, the slowest rank's, median. model: `each` "
-                "by docs/scaling.md. counted: peak by `fit --dry-run`, without the CUDA context."
+                f"\neach: images a second of one device. x: that, over {first.name}'s: median and range over {runs} of "
+                "each, in turn. ms: of a step, the slowest rank's, median. model: `each` by docs/scaling.md. counted: "
+                "peak by `fit --dry-run`, without the CUDA context."
             )
             _say(console, said, "dim")
 
