@@ -6,7 +6,7 @@ RECIPE ?= recipes/int8_sdpa.yaml
 JOBS ?= 2
 test test-fast test-long: export OMP_NUM_THREADS ?= 1
 
-.PHONY: fit test test-fast test-long lint lowest docs clean
+.PHONY: fit test test-fast test-gpu test-long lint lowest docs clean
 .DEFAULT_GOAL := fit
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -42,6 +42,12 @@ test: $(VENV)/.ready
 # What CI leaves out; the last results are in docs/faults.md.
 test-long: $(VENV)/.ready
 	$(PY) -m pytest -q -m long $(ARGS)
+
+# On a machine with a GPU, or two. Kernels and models many at a time; runs in processes of their own, few: those of two
+# GPUs wait for each other whenever something else has either.
+test-gpu: $(VENV)/.ready
+	$(PY) -m pytest -q -n 16 --dist worksteal -m gpu tests --ignore=tests/integration $(ARGS)
+	$(PY) -m pytest -q -n 4 -m gpu tests/integration $(ARGS)
 
 test-fast: $(VENV)/.ready
 	$(MANY) -m 'not slow' tests/unit tests/recipes $(ARGS)
