@@ -117,9 +117,9 @@ def test_two_parts_are_one_model(runs: Runs, assert_same_curve: Callable[..., No
 def test_samples_leave_out_branches_alike(
     cache: Path, small: Sequence[str], tmp_path: Path, assert_same_curve: Callable[..., None]
 ) -> None:
-    """By DDP, and by FSDP2 with blocks run again; then whole, for its evaluation."""
+    """By DDP, and by FSDP2 with blocks run again and parameters offloaded; then whole, for its evaluation."""
     words = (*small, *TWO, "model.kwargs.drop_path_rate=0.4", "run.log_every=1")
-    for name, more in (("ddp", ()), ("fsdp", ("strategy.checkpointing=true",))):
+    for name, more in (("ddp", ()), ("fsdp", ("strategy.checkpointing=true", "strategy.offload=true"))):
         run(
             tmp_path, cache, "vit_efficient.fit", "--recipe", "fp32_sdpa", *words, f"strategy={name}", *more,
             f"run.dir={name}",
