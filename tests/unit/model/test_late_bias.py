@@ -45,6 +45,15 @@ def near(found: dict[str, Tensor], expected: dict[str, Tensor], most: float = 1e
         assert (found[name].float() - wanted.float()).norm() <= most * wanted.float().norm(), name
 
 
+def prepare(model: Any, *, checkpointing: bool, compile: bool) -> None:
+    """Each block as it is trained; compiled whole, by a compiler that is quick."""
+    if compile:
+        torch.compiler.reset()
+    prepare_blocks(model.blocks, checkpointing=checkpointing, compile=False)
+    for block in model.blocks if compile else ():
+        block.compile(backend="aot_eager", fullgraph=True)
+
+
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Late on every device, in every precision, compiled or not; GELU's polynomial for both."""
@@ -61,12 +70,7 @@ def test_gradients_are_those_of_plain_autograd(compile: bool, checkpointing: boo
     late_biases(model)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    if compile:
-        torch.compiler.reset()
-    for block in model.blocks:
-        prepare_blocks([block], checkpointing=checkpointing, compile=False)
-        if compile:
-            block.compile(backend="aot_eager", fullgraph=True)
+    prepare(model, checkpointing=checkpointing, compile=compile)
     near(gradients(model, x), gradients(plain, x))
     model.eval()
     with torch.no_grad():
@@ -115,12 +119,7 @@ def test_short_attention_has_the_same_gradients(compile: bool, checkpointing: bo
     plain, x = vit(), torch.randn(3, 3, 32, 32)
     model = copy.deepcopy(plain)
     late_biases(model)
-    if compile:
-        torch.compiler.reset()
-    for block in model.blocks:
-        prepare_blocks([block], checkpointing=checkpointing, compile=False)
-        if compile:
-            block.compile(backend="aot_eager", fullgraph=True)
+    prepare(model, checkpointing=checkpointing, compile=compile)
     near(gradients(model, x), gradients(plain, x))
     if not compile:
         assert len(short) == (4 if checkpointing else 2)
