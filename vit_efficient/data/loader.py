@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from vit_efficient.data.stream import Batch, Failure, SampleStream, init_worker
+from vit_efficient.data.stream import Batch, Failure, SampleStream
+from vit_efficient.data.workers import init_worker, signals_held
 from vit_efficient.errors import DataError
 
 _T = TypeVar("_T")
@@ -118,7 +119,7 @@ class TrainLoader(_Loader):
         step = self.cursor.epoch * self.steps_per_epoch + self.cursor.step
         if self._source is None or self._given != step * self.accumulate:
             self.close()
-            self._source = iter(_torch_loader(self.open_stream(start=step), self.workers, persistent=False))
+            self._source = _iterate(_torch_loader(self.open_stream(start=step), self.workers, persistent=False))
             self._given = step * self.accumulate
         for _ in range((self.steps_per_epoch - self.cursor.step) * self.accumulate):
             batch = self._next()
@@ -147,7 +148,7 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
             self._loader = _torch_loader(self._stream, self._workers, persistent=True)
-        self._source = iter(self._loader)
+        self._source = _iterate(self._loader)
         self._left_out = []
         for _ in range(self._batches):
             yield self._next()
@@ -161,9 +162,15 @@ def _torch_loader(stream: SampleStream, workers: Workers, *, persistent: bool) -
         collate_fn=_as_is,
         pin_memory=workers.pin_memory,
         worker_init_fn=init_worker,
+        multiprocessing_context="fork" if workers.number else None,  # what `init_worker` counts on
         persistent_workers=persistent and workers.number > 0,
         generator=torch.Generator(),  # or each new iterator would draw from the global one
     )
+
+
+def _iterate(loader: DataLoader[Batch | Failure]) -> Iterator[Batch | Failure]:
+    with signals_held():  # workers are forked here
+        return iter(loader)
 
 
 def _as_is(item: _T) -> _T:

@@ -6,12 +6,8 @@ order for any number of workers. Where a micro-batch starts is looked up, never 
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -189,23 +185,3 @@ def _new_pixels(count: int, size: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # fresh pages, and so zeros
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
-def _obey_the_parent() -> None:
-    """End this process when the one that started it says so with SIGTERM; others may say what they like."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def init_worker(_: int) -> None:
-    """Leave signals to the main process, which then saves and ends its workers.
-
-    Ctrl-C goes to a whole terminal, and Slurm's signals to all processes of a step. A worker that died of one would
-    make the main process fail while it saves.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_the_parent, daemon=True).start()
-    gc.freeze()  # what was there before the fork stays: collections need not look through all of torch
