@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from typing import Any
 
+from vit_efficient.data.workers import signals_held
 from vit_efficient.errors import DataError
 
 _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -24,7 +24,7 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 def worker_pool(
     processes: int, remedy: str, begin: Callable[..., None] | None = None, *given: Any
 ) -> Iterator[Executor]:
-    """Processes that leave Ctrl-C to their parent, and end when it does, even by `kill -9`.
+    """Processes that leave Ctrl-C and Slurm's signals to their parent, and end when it does, even by `kill -9`.
 
     Each has a pipe of its own, and a thread here that waits at it: whenever a process dies, in the middle of a result
     too, its pipe ends, and with it the wait. (With `ProcessPoolExecutor` all write into one pipe, which stays open
@@ -86,7 +86,8 @@ class _Worker:
         self._begin: _Call | None = (begin, given, {}) if begin is not None else None
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        with signals_held():  # which it inherits
+            self._process.start()
         theirs.close()  # the process holds the only one now: the pipe ends with it
 
     def call(self, work: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -109,13 +110,12 @@ class _Worker:
 
     def end(self) -> None:
         """It has nothing that must be kept. A thread at its pipe wakes."""
-        self._process.kill()  # SIGTERM may be ignored, as it was where this process was started
+        self._process.kill()  # it is deaf to SIGTERM
         self._process.join()
 
 
 def _serve(pipe: connection.Connection) -> None:
     """All that a worker does: calls, one after the other, until its parent ends it or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The processes of a data loader leave signals to the main process, which then saves and ends them.
+"""Worker processes leave signals to the main process, which then saves and ends them.
 
 Ctrl-C goes to a whole terminal, and Slurm's signals to all processes of a step. A worker that died of one would make
 the main process fail while it saves.
@@ -18,9 +18,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """What is forked within the block is born deaf to the signals that stop a run; the caller hears them after it.
+    """What is started within the block is born deaf to the signals that stop a run; the caller hears them after it.
 
-    `init_worker` alone would come too late: before it runs, torch gives a worker a handler that ends it.
+    Of a data loader's workers, `init_worker` alone would come too late: before it, torch gives them a handler that
+    ends them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
@@ -30,7 +31,7 @@ def signals_held() -> Iterator[None]:
 
 
 def init_worker(_: int) -> None:
-    """What a worker does first, having been forked under `signals_held`: from now on it obeys its parent alone."""
+    """What a data loader's worker does first, forked under `signals_held`: from now on it obeys its parent alone."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which the thread waits for

@@ -101,6 +101,18 @@ def test_workers_end_where_sigterm_is_ignored(tmp_path: Path) -> None:
     assert said.stdout == "7\n"
 
 
+def ask_to_stop() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    return os.getpid()
+
+
+def test_signals_are_left_to_the_parent() -> None:
+    """Slurm sends them to all processes: one that died first would make an error of what is none."""
+    with worker_pool(1, "") as pool:
+        assert pool.submit(ask_to_stop).result() == pool.submit(os.getpid).result()
+
+
 def nothing_to_send() -> object:
     return threading.Lock()
 
