@@ -7,7 +7,7 @@ everything else, so a folder from anywhere is as harmless as a single file.
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ KNOWN = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "device"},
-    "pathlib": {"PosixPath"},
 }  # fmt: skip
+PATH = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}  # the latter as Python 3.13 writes it, and no other
 
 
 class IndexReader(dcp.FileSystemReader):
@@ -59,6 +59,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in KNOWN.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) in PATH:
+            return PosixPath
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"its index asks Python to load `{module}.{name}`, which could run code")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import pickle
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,20 @@ def test_whole_or_in_parts(folder: Path, weight: DTensor) -> None:
     assert isinstance(moment, DTensor)
     assert torch.equal(moment.full_tensor(), weight.full_tensor() * 2)
     assert not isinstance(parts["optimizer_states"][0]["state"]["w"]["step"], DTensor)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_written_by_another_python(
+    tmp_path: Path, weight: DTensor, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index holds a path, whose class Python 3.13 knows under another name than those before and after it."""
+    path = tmp_path / "step-00000001.ckpt"
+    with monkeypatch.context() as other:
+        other.setitem(sys.modules, module, pathlib)
+        other.setattr(pathlib.PosixPath, "__module__", module)
+        write_folder(path, checkpoint(weight))
+    assert (b"pathlib._local" in (path / INDEX).read_bytes()) == (module == "pathlib._local")
+    assert torch.equal(read_folder(path)["state_dict"]["w"], weight.full_tensor())
 
 
 def test_written_again_in_its_place(folder: Path, weight: DTensor) -> None:
