@@ -8,9 +8,12 @@
     crash:WRITE          the process kills itself with SIGKILL in the middle of that checkpoint's bytes
     term:evaluation      it gets SIGTERM in the evaluation of the finished model
     term:setup           and while the model is built
+    term:dropped         and then, where Python drops what a handler raises
+    term:end             and when the last step is done
     clock:SECONDS        the wall clock goes wrong by so much at every step
     stop:STEP            all processes stop themselves once that many steps are in the audit file, and wait for a signal
     kill:STEP            they get SIGKILL at any time within 0.1 s after that, before the next step is saved
+    broadcasts           after every step: how many `torch.distributed.broadcast` there were goes to `broadcasts.txt`
     random               the state of the generators after every step goes to `random.txt`
 
 Several faults are joined with `+`. Steps count optimizer steps from 0, except those that are done. Lightning starts the
@@ -27,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -94,16 +98,48 @@ def crash_in_write(count: int) -> None:
 
 def terminate_at(place: str) -> None:
     from vit_efficient.engine import train
+    from vit_efficient.engine.loop import RunLoop
 
-    name = {"evaluation": "evaluate_model", "setup": "build_model"}[place]
-    whole = getattr(train, name)
+    owner, name = {
+        "evaluation": (train, "evaluate_model"),
+        "setup": (train, "build_model"),
+        "dropped": (train, "build_model"),
+        "end": (RunLoop, "on_train_end"),
+    }[place]
+    whole = getattr(owner, name)
+
+    def terminate(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def act(*words: Any, **named: Any) -> Any:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if place == "dropped":
+                thing = threading.Event()
+                alive = weakref.ref(thing, terminate)  # called when it goes, as import's own are at every import
+                del thing
+                assert alive() is None
+            else:
+                terminate()
         return whole(*words, **named)
 
-    setattr(train, name, act)
+    setattr(owner, name, act)
+
+
+def count_broadcasts() -> None:
+    import torch.distributed as dist
+
+    whole, count = dist.broadcast, [0]
+
+    def broadcast(*words: Any, **named: Any) -> Any:
+        count[0] += 1
+        return whole(*words, **named)
+
+    def note() -> None:
+        with open("broadcasts.txt", "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} {count[0]}\n")
+
+    dist.broadcast = broadcast
+    in_any_step(note)
 
 
 def wrong_clock(seconds: float) -> None:
@@ -179,6 +215,8 @@ def inject(fault: str) -> None:
         terminate_at(where[0])
     elif name == "clock":
         wrong_clock(float(where[0]))
+    elif name == "broadcasts":
+        count_broadcasts()
     elif name == "random":
         note_random()
     elif name == "stop":

@@ -161,15 +161,19 @@ def test_weights_that_are_not_finite_are_not_saved(
 ) -> None:
     """The loss of the step was finite, so that only a look at the weights tells."""
     words = (*small, "run.dir=run", "checkpoint.every_steps=1", "data.workers=0", *(DDP if ranks == 2 else ()))
-    process = start_with("weights:0:4", "--recipe", "fp32_sdpa", *words)
+    process = start_with("weights:0:4+broadcasts", "--recipe", "fp32_sdpa", *words)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 2, printed
     assert "Step 5 made weights that are not finite: model." in printed
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
     assert kept == ["step-00000003.ckpt", "step-00000004.ckpt"]
+    # Lightning's own would make the host wait for its GPU before every micro-batch.
+    counts = [line.split() for line in (tmp_path / "broadcasts.txt").read_text().splitlines()]
+    assert len(counts) >= 5 * ranks
+    assert len({tuple(line) for line in counts}) == ranks, "none between the first step and the last"
 
 
-@pytest.mark.parametrize(("place", "saved"), [("setup", False), ("evaluation", True)])
+@pytest.mark.parametrize(("place", "saved"), [("setup", False), ("end", True), ("evaluation", True)])
 def test_a_signal_outside_training(
     start_with: Start, command: Command, small: Sequence[str], tmp_path: Path, place: str, saved: bool
 ) -> None:
@@ -182,3 +186,14 @@ def test_a_signal_outside_training(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == saved
     command("fit", *words)
     assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_signal_that_python_drops(start_with: Start, small: Sequence[str], tmp_path: Path) -> None:
+    """What its handler raises gets lost in a callback; training takes it up, and saves its first step."""
+    words = (*shortened(small, "optim.epochs=50"), "run.dir=run")
+    process = start_with("term:dropped", "--recipe", "fp32_sdpa", *words)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "Exception ignored in" in printed
+    assert "Stopped by SIGTERM; everything is saved" in printed
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*.ckpt")] == ["step-00000001.ckpt"]

@@ -73,7 +73,7 @@ def test_the_page_fits_a_terminal() -> None:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vit_efficient", *words], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "vit_efficient", *words], capture_output=True, text=True, check=False, timeout=240
     )
 
 

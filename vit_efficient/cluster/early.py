@@ -2,6 +2,9 @@
 
 There is nothing to save then, so the process ends at once, with a word and the signal's exit code. Left to itself it
 would die of SIGUSR1 in silence, and a job would not know that it may be queued again.
+
+The handler raises. Python drops what is raised in a finaliser or a callback of a weak reference, which every import
+has, and an importer may catch it: so the signal is remembered, and raised again until somebody acts on it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,10 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+AGAIN = 30.0  # seconds; on the way out a process may wait until the others know why (`engine.guard`), which takes less
+
+_asked: signal.Signals | None = None
 
 
 class StoppedOutside(BaseException):
@@ -21,18 +28,41 @@ class StoppedOutside(BaseException):
 
 
 def _raise(number: int, _: FrameType | None) -> None:
-    raise StoppedOutside(number)
+    global _asked
+    if number != signal.SIGALRM:
+        _asked = signal.Signals(number)
+        signal.signal(signal.SIGALRM, _raise)
+    if _asked is not None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        raise StoppedOutside(_asked)
+
+
+def take() -> signal.Signals | None:
+    """A signal that was raised and lost, for whoever acts on it from now on; it is not raised again."""
+    global _asked
+    asked, _asked = _asked, None
+    if asked is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return asked
 
 
 @contextmanager
 def stop_at_once() -> Iterator[None]:
     """Within the block SIGTERM and SIGUSR1 raise `StoppedOutside`; training takes them over for its time.
 
+    So does any error after one, which may be its doing: a module half imported, a process of a pool that it ended.
     Ctrl-C raises `KeyboardInterrupt`, as ever.
     """
-    before = {number: signal.signal(number, _raise) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _raise)
     try:
         yield
+    except Exception as error:
+        if (asked := take()) is not None:
+            raise StoppedOutside(asked) from error
+        raise
     finally:
+        take()
         for number, handler in before.items():
             signal.signal(number, handler)

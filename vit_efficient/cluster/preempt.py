@@ -11,6 +11,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+from vit_efficient.cluster import early
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WEIGHTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # lightest first
 
@@ -23,15 +25,22 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Take the signals over. Call it after Lightning has set its own handlers, so that there is one owner."""
+        """Take the signals over, and one that came before and was lost (`cluster.early`)."""
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        self.received = early.take()
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    def pass_on(self) -> None:
+        """Give a signal that came after the flag was last read to whoever has the signals now."""
+        if self.received is not None:
+            number, self.received = self.received, None
+            signal.raise_signal(number)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

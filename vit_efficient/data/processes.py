@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from typing import Any
@@ -86,6 +86,7 @@ class _Worker:
         self._begin: _Call | None = (begin, given, {}) if begin is not None else None
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        resource_tracker.ensure_running()  # before: its own start would make this thread hear signals again
         with signals_held():  # which it inherits
             self._process.start()
         theirs.close()  # the process holds the only one now: the pipe ends with it

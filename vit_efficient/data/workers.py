@@ -18,7 +18,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """What is started within the block is born deaf to the signals that stop a run; the caller hears them after it.
+    """What this thread starts within the block is born deaf to the signals that stop a run.
+
+    They are not lost: another thread of the process takes them for it, or they wait until the block ends.
 
     Of a data loader's workers, `init_worker` alone would come too late: before it, torch gives them a handler that
     ends them.

@@ -88,17 +88,26 @@ class RunLoop(L.Callback):
 
     # -- signals and time -------------------------------------------------------------------------------------------
 
+    def fit(self, trainer: L.Trainer, module: ViTModule, data: ViTDataModule) -> None:
+        """Train; from the first step on, signals are for `settle`.
+
+        Raises:
+            StopRun: asked to stop; the run is saved.
+        """
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=self.resumed_from)
+        finally:
+            self.signals.restore()
+        self.signals.pass_on()  # it came after the last agreement: what is left to do can be done another time
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
         restart_peak(pl_module.device)  # the same process may have trained the base of these adapters
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.signals.restore()
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         timeout = self.recipe["strategy"].get("timeout")
         self.agreement.open(pl_module.device, timedelta(seconds=timeout) if timeout is not None else None)
-        self.signals.install()  # not before: Lightning sets its own handlers just before this
+        self.signals.install()  # until `fit` gives them back
         self._saved_at = self._mark = time.monotonic()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -163,6 +163,6 @@ def time_training(
         trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks, writer=loop.writer)
         trainer.limit_val_batches = 0
         guard.watch(trainer)
-        trainer.fit(module, datamodule=data)
+        loop.fit(trainer, module, data)
     peak = loop.peak_memory if device.type == "cuda" else None
     return Timed(clock.seconds, clock.loss, peak, clock.reserved)

@@ -147,7 +147,7 @@ def _train(
     callbacks += [guard, Settle(loop)]  # the last, since it may end the run
     trainer = build_trainer(recipe, run_dir=run.path, callbacks=callbacks, writer=loop.writer)
     guard.watch(trainer)
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    loop.fit(trainer, module, data)
 
     module.keep_average()
     if is_sharded(built.model):

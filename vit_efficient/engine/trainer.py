@@ -91,7 +91,7 @@ def build_trainer(
     launch = detect_launch()
     bound = recipe.strategy.accelerator == "gpu" and sees_one_gpu(launch)
     environment = cluster_environment(launch, bound=bound)
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=recipe.strategy.accelerator,
         devices=1 if bound else per_node,
         num_nodes=nodes,
@@ -112,3 +112,20 @@ def build_trainer(
         use_distributed_sampler=False,
         inference_mode=False,
     )
+    _leave_signals(trainer)
+    return trainer
+
+
+def _leave_signals(trainer: L.Trainer) -> None:
+    """Take from Lightning what it does about SIGTERM, which `cluster.preempt` owns.
+
+    Its handler takes part in a collective operation wherever it interrupts, and before every micro-batch of several
+    processes the host waits for all that its GPU has to do, to read whether rank 0 was asked to stop
+    (pytorch-lightning issue 21487). No public switch turns either off.
+    """
+    for owner, name in (
+        (trainer._signal_connector, "register_signal_handlers"),
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+    ):
+        assert callable(getattr(owner, name)), f"this Lightning has no {name}"
+        setattr(owner, name, lambda: None)

