@@ -53,7 +53,7 @@ def test_both_ranks_stop_after_the_same_step(
     start: Callable[..., subprocess.Popen[str]], command: Callable[..., str], small: Sequence[str], tmp_path: Path
 ) -> None:
     """A signal to one process stops both, saved; the run goes on in a single process with the same samples."""
-    words = ("--recipe", "fp32_sdpa", *small, "optim.epochs=6", "data.audit=a.txt", "run.dir=run")
+    words = ("--recipe", "fp32_sdpa", *small, "optim.epochs=12", "data.audit=a.txt", "run.dir=run")
     words = tuple(w for w in words if w != "optim.epochs=3")
     process = start("fit", *words, *DDP)
     audit = tmp_path / "a.txt"
@@ -67,7 +67,7 @@ def test_both_ranks_stop_after_the_same_step(
     assert process.returncode == 128 + signal.SIGTERM, printed
     command("fit", "--resume", "run", "strategy=single")
     seen = steps_of(audit)
-    assert len(seen) == len(set(seen)) == 6 * 1437
+    assert len(seen) == len(set(seen)) == 12 * 1437
 
 
 def test_both_ranks_find_the_base_that_they_trained(
