@@ -13,10 +13,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-AGAIN = 30.0  # seconds; on the way out a process may wait until the others know why (`engine.guard`), which takes less
+AGAIN = 75.0  # seconds; more than a process may take that fails and tells the others why (`engine.guard`)
+OWNED = (signal.SIGTERM, signal.SIGUSR1)
 
 _asked: signal.Signals | None = None
+_alarms: list[Any] = []  # whose they were before
 
 
 class StoppedOutside(BaseException):
@@ -31,7 +34,9 @@ def _raise(number: int, _: FrameType | None) -> None:
     global _asked
     if number != signal.SIGALRM:
         _asked = signal.Signals(number)
-        signal.signal(signal.SIGALRM, _raise)
+        previous = signal.signal(signal.SIGALRM, _raise)
+        if previous is not None and previous is not _raise:  # None: not Python's, and cannot be given back
+            _alarms.append(previous)
     if _asked is not None:
         signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise StoppedOutside(_asked)
@@ -43,6 +48,8 @@ def take() -> signal.Signals | None:
     asked, _asked = _asked, None
     if asked is not None:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if _alarms:
+        signal.signal(signal.SIGALRM, _alarms.pop())
     return asked
 
 
@@ -51,18 +58,18 @@ def stop_at_once() -> Iterator[None]:
     """Within the block SIGTERM and SIGUSR1 raise `StoppedOutside`; training takes them over for its time.
 
     So does any error after one, which may be its doing: a module half imported, a process of a pool that it ended.
-    Ctrl-C raises `KeyboardInterrupt`, as ever.
+    Ctrl-C raises `KeyboardInterrupt`, as ever. After a signal the process's timer (`ITIMER_REAL`) is this module's.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _raise)
+    before = {number: signal.getsignal(number) for number in OWNED}
     try:
+        for number in OWNED:
+            signal.signal(number, _raise)
         yield
     except Exception as error:
         if (asked := take()) is not None:
             raise StoppedOutside(asked) from error
         raise
     finally:
-        take()
         for number, handler in before.items():
             signal.signal(number, handler)
+        take()

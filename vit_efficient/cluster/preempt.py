@@ -26,9 +26,9 @@ class StopSignals:
 
     def install(self) -> None:
         """Take the signals over, and one that came before and was lost (`cluster.early`)."""
+        self.received = early.take()
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
-        self.received = early.take()
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

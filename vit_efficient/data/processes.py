@@ -56,6 +56,7 @@ def worker_pool(
             try:
                 for _ in range(processes):
                     workers.append(_Worker(context, killed, begin, given))
+                    workers[-1].start()
                     free.put(workers[-1])
                 yield _Pool(threads, lambda: mine.worker)
             finally:
@@ -84,12 +85,15 @@ class _Worker:
     def __init__(self, context: Any, killed: str, begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
         self._killed = killed
         self._begin: _Call | None = (begin, given, {}) if begin is not None else None
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.pipe, self._theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._theirs,), daemon=True)
+
+    def start(self) -> None:
+        """Start it; what holds it can `end` it, even if a signal interrupts this."""
         resource_tracker.ensure_running()  # before: its own start would make this thread hear signals again
         with signals_held():  # which it inherits
             self._process.start()
-        theirs.close()  # the process holds the only one now: the pipe ends with it
+        self._theirs.close()  # the process holds the only one now: the pipe ends with it
 
     def call(self, work: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """What the work returns or raises, there."""
@@ -111,8 +115,9 @@ class _Worker:
 
     def end(self) -> None:
         """It has nothing that must be kept. A thread at its pipe wakes."""
-        self._process.kill()  # it is deaf to SIGTERM
-        self._process.join()
+        if self._process.pid is not None:
+            self._process.kill()  # it is deaf to SIGTERM
+            self._process.join()
 
 
 def _serve(pipe: connection.Connection) -> None:

@@ -25,8 +25,9 @@ def signals_held() -> Iterator[None]:
     Of a data loader's workers, `init_worker` alone would come too late: before it, torch gives them a handler that
     ends them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # which may itself raise for one that has just come
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -91,6 +91,8 @@ class RunLoop(L.Callback):
     def fit(self, trainer: L.Trainer, module: ViTModule, data: ViTDataModule) -> None:
         """Train; from the first step on, signals are for `settle`.
 
+        One that comes after the last step's agreement is for whoever has the signals afterwards, in this process alone.
+
         Raises:
             StopRun: asked to stop; the run is saved.
         """
@@ -98,7 +100,7 @@ class RunLoop(L.Callback):
             trainer.fit(module, datamodule=data, ckpt_path=self.resumed_from)
         finally:
             self.signals.restore()
-        self.signals.pass_on()  # it came after the last agreement: what is left to do can be done another time
+        self.signals.pass_on()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()

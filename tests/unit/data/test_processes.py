@@ -126,6 +126,21 @@ def test_signals_are_left_to_the_parent(tmp_path: Path) -> None:
     assert said.stdout == f"{[7] * 8}\n", said.stderr
 
 
+def test_a_signal_while_a_worker_starts_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deaf to SIGTERM, it would be waited for without end when this process ends."""
+    process = multiprocessing.get_context("spawn").Process
+    whole = process.start
+
+    def start(self: Any) -> None:
+        whole(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(process, "start", start)
+    with pytest.raises(KeyboardInterrupt), worker_pool(2, ""):
+        pass
+    assert not multiprocessing.active_children()
+
+
 def nothing_to_send() -> object:
     return threading.Lock()
 

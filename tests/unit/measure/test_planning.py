@@ -8,7 +8,7 @@ from vit_efficient.measure.planning import plan_cost, shuffle_quality
 
 def test_a_plan_of_a_billion_samples_is_cheap() -> None:
     """What the data plan promises far past ImageNet. A quiet core takes a fiftieth of these times or less, and anything
-    that looks at every sample takes more."""
+    that looks at every one of a billion samples takes more."""
     cost = plan_cost(shards=100_000, samples=10**9, world=1024, workers=8)
     assert cost.samples == 10**9
     assert cost.seconds < 60
