@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from vit_efficient.data.workers import signals_held
+
 # A process with a loader that never ends: for each batch it says which worker it is from. SIGUSR1 ends it, when
 # LOADER has one more; its workers do EARLY as soon as torch has given them its handlers, before anything of ours.
 PROGRAM = """
@@ -44,6 +46,13 @@ for batch in LOADER:
 TRAIN = "TrainLoader(lambda start: Endless(), Cursor(), 10**6, 1, Workers(1))"
 EVAL = "EvalLoader(Endless(), 10**6, Workers(1))"
 SIGNALS = [int(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+
+
+def test_signals_are_heard_again_after_one() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(KeyboardInterrupt), signals_held():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 @contextmanager
