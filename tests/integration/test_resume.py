@@ -169,6 +169,7 @@ RANGES = (
     "quantization.calibration={samples: 48}", "data.workers=0",
 )  # fmt: skip
 QLORA = ("--recipe", "int4_sdpa", "quantization.lora.dropout=0.1", "data.workers=0")
+ONE_GPU = ("strategy=single", "strategy.accelerator=gpu", "run.deterministic=true")  # of several too
 
 
 def compare_with_kills(start_with: Start, words: tuple[str, ...], tmp_path: Path, kills: int) -> None:
@@ -202,7 +203,7 @@ def test_killed_with_every_generator_watched(start_with: Start, small: Sequence[
 @pytest.mark.parametrize("recipe", [RANGES, QLORA], ids=["learned ranges", "QLoRA"])
 @pytest.mark.parametrize(
     "where",
-    [(), pytest.param(("strategy.accelerator=gpu", "run.deterministic=true"), marks=pytest.mark.gpu)],
+    [(), pytest.param(ONE_GPU, marks=pytest.mark.gpu)],
     ids=["cpu", "gpu"],
 )
 def test_killed_in_other_kinds_of_training(
@@ -225,5 +226,5 @@ def test_killed_in_other_kinds_of_training(
 @pytest.mark.slow
 def test_killed_on_a_gpu(start_with: Start, small: Sequence[str], tmp_path: Path) -> None:
     """With deterministic algorithms int8 goes on there as on a CPU."""
-    words = (*RECIPE, *small, "strategy.accelerator=gpu", "run.deterministic=true", "data.workers=0")
+    words = (*RECIPE, *small, *ONE_GPU, "data.workers=0")
     compare_with_kills(start_with, words, tmp_path, kills=3)
