@@ -14,6 +14,7 @@
     stop:STEP            all processes stop themselves once that many steps are in the audit file, and wait for a signal
     kill:STEP            they get SIGKILL at any time within 0.1 s after that, before the next step is saved
     broadcasts           after every step: how many `torch.distributed.broadcast` there were goes to `broadcasts.txt`
+    waits:FROM:TO        from one step to another, making the host wait for its GPU is an error
     random               the state of the generators after every step goes to `random.txt`
 
 Several faults are joined with `+`. Steps count optimizer steps from 0, except those that are done. Lightning starts the
@@ -142,6 +143,15 @@ def count_broadcasts() -> None:
     in_any_step(note)
 
 
+def forbid_waits(first: int, last: int) -> None:
+    def act() -> None:
+        if current[0] in (first, last):
+            torch.cuda.set_sync_debug_mode("error" if current[0] == first else "default")
+
+    current = [0]
+    in_any_step(act, current)
+
+
 def wrong_clock(seconds: float) -> None:
     true, steps = time.time, [0]
     in_any_step(lambda: steps.__setitem__(0, steps[0] + 1))
@@ -217,6 +227,8 @@ def inject(fault: str) -> None:
         wrong_clock(float(where[0]))
     elif name == "broadcasts":
         count_broadcasts()
+    elif name == "waits":
+        forbid_waits(int(where[0]), int(where[1]))
     elif name == "random":
         note_random()
     elif name == "stop":

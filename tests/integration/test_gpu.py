@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.gpu
+
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -27,6 +31,27 @@ def test_a_short_run_on_a_gpu(variant: str, precision: str, tmp_path: Path) -> N
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["loss"] < 3
     assert 10e6 < metrics["peak_memory_bytes"] < 600e6
+
+
+LEARNED = (
+    "int8_sdpa", "quantization.activations=static", "quantization.weight_bits=4", "quantization.learn_scales=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [("fp32_sdpa",), ("int8_sdpa",), LEARNED, ("int4_sdpa",)], ids=lambda v: v[-1])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+def test_no_step_waits_for_the_gpu(variant: tuple[str, ...], strategy: str, start_with: Start) -> None:
+    """Between two points of TensorBoard nothing asks the GPU for a number, so the host can prepare the next steps."""
+    if strategy != "single" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    words = [
+        f"strategy={strategy}", "optim.epochs=1", "optim.warmup_epochs=0", "optim.clip=1", "optim.ema=0.9",
+        "data.batch_size=64", "run.log_every=1000", "augment.mixup=0.8", "augment.cutmix=1", "augment.erasing=0.25",
+        "model.kwargs={patch_size: 8, depth: 2, drop_path_rate: 0.1}",
+    ]  # fmt: skip
+    process = start_with("waits:6:18", "--recipe", *variant, *words)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
 
 
 def test_the_peak_leaves_out_the_base_that_was_trained_before(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class DeviceTransforms(nn.Module):
         decoded = decode_on_device(deferred, images.device, self.interpolation, batch["key"])
         if not images.shape[0]:
             return decoded
-        return images.index_copy(0, torch.tensor(deferred.rows, device=images.device), decoded)
+        return images.index_copy(0, _without_waiting(np.asarray(deferred.rows), images.device), decoded)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) to float32 with the model's mean and std."""
@@ -94,9 +94,8 @@ class DeviceTransforms(nn.Module):
         count, _, height, width = images.shape
         key = np.array([hash_int(Domain.MIX, self.seed, step, micro), 0], np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
-        order = np.arange(count)
-        partner, own = (torch.from_numpy(ids).to(images.device) for ids in (rng.permutation(count), order))
-        partner = torch.where(weight[partner] > 0, partner, own)
+        partner = _without_waiting(rng.permutation(count), images.device)
+        partner = torch.where(weight[partner] > 0, partner, torch.arange(count, device=images.device))
         if self._draws_cutmix(step):
             x0, y0, x1, y1 = draw_cut(rng, rng.beta(self.cutmix, self.cutmix), height, width)
             share = 1 - (x1 - x0) * (y1 - y0) / (height * width)
@@ -112,6 +111,12 @@ class DeviceTransforms(nn.Module):
         if not (self.mixup and self.cutmix):
             return self.cutmix > 0
         return hash_int(Domain.MIX_KIND, self.seed, step) % 2 == 1
+
+
+def _without_waiting(ids: np.ndarray, device: torch.device) -> Tensor:
+    """On a device; a copy from memory that is not pinned would wait for all that a GPU has still to do."""
+    here = torch.from_numpy(ids)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:

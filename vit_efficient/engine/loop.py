@@ -19,7 +19,7 @@ from vit_efficient.engine.curve import StepLoss
 from vit_efficient.engine.ranks import sum_over_ranks
 from vit_efficient.engine.resume import Position, check_same_recipe, write_loops
 from vit_efficient.engine.rundir import RunDir
-from vit_efficient.engine.watch import LossWatch, describe, refuse_non_finite
+from vit_efficient.engine.watch import LossWatch, refuse_non_finite
 from vit_efficient.machine import rank
 from vit_efficient.measure.memory import peak_memory_bytes, restart_peak
 from vit_efficient.model.module import ViTModule
@@ -134,7 +134,7 @@ class RunLoop(L.Callback):
         self._mark = now
         assert pl_module.last_loss is not None
         self.losses.add(pl_module)
-        self.watch.add(pl_module.last_loss, batch["step"], describe(batch))
+        self.watch.add(pl_module.last_loss, batch["step"], batch)
         if (batch_idx + 1) % self.accumulate and batch_idx + 1 < trainer.num_training_batches:
             return  # inside an optimizer step
         self.writer.check()

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as L
+from torch import Tensor
 
 from vit_efficient.engine.board import Board
 from vit_efficient.engine.figures import confusion_figure
@@ -28,6 +29,7 @@ class Monitor(L.Callback):
     def __init__(self, loop: RunLoop, class_names: list[str]) -> None:
         self.loop, self.class_names = loop, class_names
         self.gradient_norm = 0.0
+        self._norm: Tensor | None = None
         self.images_per_second = 0.0
         self.wait_share = 0.0
         self._since = (time.monotonic(), 0, 0.0)
@@ -51,7 +53,7 @@ class Monitor(L.Callback):
         if self._log_next(trainer) and not isinstance(
             trainer.strategy, ZeroStrategy
         ):  # after unscaling, before clipping
-            self.gradient_norm = float(gradient_norm(p for group in optimizer.param_groups for p in group["params"]))
+            self._norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,6 +76,8 @@ class Monitor(L.Callback):
         skipped = self.loop.clock.skipped + sum_over_ranks(data.skipped) if skips else 0
         if isinstance(trainer.strategy, ZeroStrategy):
             self.gradient_norm = trainer.strategy.gradient_norm()
+        elif self._norm is not None:
+            self.gradient_norm = float(self._norm)  # here, where the loss is read: elsewhere the GPU would run dry
         if writer is None:
             return
         scalars = {

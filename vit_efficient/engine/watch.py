@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,10 +45,15 @@ class LossWatch:
     """
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[Tensor, torch.cuda.Event | None, int, list[str]]] = deque()
+        self._queue: deque[tuple[Tensor, torch.cuda.Event | None, int, dict[str, Any]]] = deque()
 
-    def add(self, loss: Tensor, step: int, keys: list[str]) -> None:
+    def add(self, loss: Tensor, step: int, batch: Mapping[str, Any]) -> None:
         """Take the loss of optimizer step ``step``, and look at one before.
+
+        Args:
+            loss: of a micro-batch.
+            step: that it belongs to, from 0.
+            batch: `key` and `weight` of its samples, read only if they have to be named: the weights are on the device.
 
         Raises:
             NonFiniteLossError: naming step and samples.
@@ -60,7 +66,7 @@ class LossWatch:
             event.record()
         else:
             host = loss
-        self._queue.append((host, event, step, keys))
+        self._queue.append((host, event, step, {name: batch[name] for name in ("key", "weight")}))
         while len(self._queue) > (AHEAD if event is not None else 0):
             self._check()
 
@@ -70,18 +76,19 @@ class LossWatch:
             self._check()
 
     def _check(self) -> None:
-        host, event, step, keys = self._queue.popleft()
+        host, event, step, samples = self._queue.popleft()
         if event is not None:
             event.synchronize()
         value = float(host)
         if math.isfinite(value):
             return
+        keys = describe(samples)
         named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         raise NonFiniteLossError(f"The loss became {value} at step {step + 1}.\n  samples: {named}\n  {REMEDY}", step)
 
 
-def describe(batch: dict[str, Any]) -> list[str]:
-    """Keys of the samples that count in a batch."""
+def describe(batch: Mapping[str, Any]) -> list[str]:
+    """Keys of the samples that count in a batch; waits for its device."""
     return [key for key, weight in zip(batch["key"], batch["weight"].tolist(), strict=True) if weight > 0]
 
 

@@ -124,7 +124,7 @@ class ViTModule(L.LightningModule):
         pieces of a global batch may differ in size by one image (and an epoch's last batch is short), so the sum over
         this piece is divided by the true size of the global batch instead.
         """
-        torch.manual_seed(hash_int(Domain.DROPOUT, self.seed, batch["step"], batch["micro"]))
+        _seed(hash_int(Domain.DROPOUT, self.seed, batch["step"], batch["micro"]))
         self._step = batch["step"]
         images, targets = self.transforms(batch)
         logits = self.model(images)
@@ -211,3 +211,10 @@ class ViTModule(L.LightningModule):
         if self.average is not None and state is not None:
             self.average.load_state_dict(state)
         self._average_state = None
+
+
+def _seed(seed: int) -> None:
+    """As `torch.manual_seed`, which also queues a seeding, with the stack, for each kind of device that is absent."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
+@torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """`torch.nn.utils.get_total_norm`, with one sum over the ranks where it plans an operation for every `DTensor`.
 
@@ -40,6 +41,7 @@ def _local(gradients: Sequence[Any]) -> list[Tensor] | None:
     return [g.to_local() for g in gradients]
 
 
+@torch.no_grad()  # also, a `DTensor` hands out its local part at once
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`, on shards where gradients are sharded.
 

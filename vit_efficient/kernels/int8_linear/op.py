@@ -104,7 +104,7 @@ class _Int8Linear(torch.autograd.Function):
         if needs_x or needs_input_scale:
             grad_MK = grad_MN @ dequantize_weight(q_NK, scale_NG, scheme, grad.dtype)
             if needs_input_scale:
-                largest = torch.tensor(float(scheme.largest_activation), device=grad.device)
+                largest = _number(scheme.largest_activation, grad.device)
                 grad_MK, grad_input_scale = _given_range(grad_MK, x_or_clipped, input_scale, -largest, largest)
                 grad_input_scale = grad_input_scale.sum().view(input_scale.shape)
             elif x_or_clipped is not None:
@@ -136,6 +136,11 @@ def _given_range(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tens
     return grad * inside, grad.to(torch.float32) * slope
 
 
+def _number(value: int, device: torch.device) -> Tensor:
+    """Made on the device: a copy of one made here would wait for all that a GPU has still to do."""
+    return torch.full((), float(value), device=device)
+
+
 def _spread(scale_NG: Tensor, inputs: int, scheme: Scheme) -> Tensor:
     """Scales of a weight, one for every element of it or broadcasting to that."""
     return scale_NG if scheme.group is None else scale_NG.repeat_interleave(scheme.group, dim=1)[:, :inputs]
@@ -144,7 +149,7 @@ def _spread(scale_NG: Tensor, inputs: int, scheme: Scheme) -> Tensor:
 def _bounds(zero_NG: Tensor | None, weight_NK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The least and the largest code of each weight."""
     if zero_NG is None:
-        largest = torch.tensor(float(scheme.largest_weight), device=weight_NK.device)
+        largest = _number(scheme.largest_weight, weight_NK.device)
         return -largest, largest
     zero_NK = _spread(zero_NG, weight_NK.shape[1], scheme)
     return -zero_NK, 15 - zero_NK
