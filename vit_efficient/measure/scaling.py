@@ -17,7 +17,8 @@ from vit_efficient.measure.work import Work
 # Calibrated on ViT-L/16 on one H200 (docs/scaling.md, "constants"):
 EAGER = 0.835  # share of a copy's bandwidth that elementwise kernels reach: from 941 images/s eager, 128 at once
 FUSED = 0.5  # share of their time that is left after compilation: from 1,180 images/s compiled, 256 at once
-STEP = 9e-3 * 707e12  # half-precision operations' worth of a step that no image causes: from 1,116 at 128 against 1,180
+STEP = 2e-3 * 707e12  # half-precision operations' worth of a step that no image causes: from 1,284 at 128, 1,326 at 256
+OWN = 0.6  # of SDPA's time for attention, where its backward pass is this package's: 11.2 ms of 18.7, 128 images
 LAUNCH = 13e-6  # seconds from one kernel's launch to the next, eager: from 5.8 ms for one image forward
 ADAPTED = 44e-6  # the same through bitsandbytes' and peft's Python: from QLoRA's 134 ms a step of 32 images
 CONTENTION = 0.07  # of the step, once there are two: NCCL's kernels beside the others, waiting for the slower GPU
@@ -33,10 +34,13 @@ def compute_seconds(work: Work, kind: GpuKind, *, compiled: bool, adapted: bool 
     """One device's forward and backward pass: what the arithmetic takes, or what launching it takes.
 
     ``max(P / R + A / R_A + traffic / B, launches * t)``, with the products P at the rate of their dtype.
+    On Hopper compiled attention is taken to have this package's backward pass, which is of up to 256 tokens.
     """
     products = work.half / kind.half + work.full / kind.full + work.int8 / kind.int8
     traffic = work.traffic / (kind.copy * EAGER) * (FUSED if compiled else 1.0)
-    busy = products + work.attention / kind.attention + traffic + STEP / kind.half
+    own = compiled and kind.capability[0] == 9  # `model/late_bias.py`
+    attention = work.attention / kind.attention * (OWN if own else 1.0)
+    busy = products + attention + traffic + STEP / kind.half
     return max(busy, 0.0 if compiled else work.launches * (ADAPTED if adapted else LAUNCH))
 
 
