@@ -14,7 +14,8 @@
     stop:STEP            all processes stop themselves once that many steps are in the audit file, and wait for a signal
     kill:STEP            they get SIGKILL at any time within 0.1 s after that, before the next step is saved
     broadcasts           after every step: how many `torch.distributed.broadcast` there were goes to `broadcasts.txt`
-    waits:FROM:TO        from one step to another, making the host wait for its GPU is an error
+    waits:FROM:TO        from one step to another, making the host wait for its GPU is an error; each process that
+                         came so far says so in `waits.txt`
     random               the state of the generators after every step goes to `random.txt`
 
 Several faults are joined with `+`. Steps count optimizer steps from 0, except those that are done. Lightning starts the
@@ -145,8 +146,13 @@ def count_broadcasts() -> None:
 
 def forbid_waits(first: int, last: int) -> None:
     def act() -> None:
-        if current[0] in (first, last):
-            torch.cuda.set_sync_debug_mode("error" if current[0] == first else "default")
+        if current[0] == first:
+            torch.cuda.set_sync_debug_mode("error")
+        elif current[0] == last:
+            forbidden = torch.cuda.get_sync_debug_mode() == 2
+            torch.cuda.set_sync_debug_mode("default")
+            with open("waits.txt", "a", encoding="utf-8") as file:
+                file.write(f"{os.getpid()} {forbidden}\n")
 
     current = [0]
     in_any_step(act, current)

@@ -20,7 +20,7 @@ def steps_of(audit: Path) -> list[tuple[str, str, str]]:
     return sorted((e, s, k) for e, s, _, k in (line.split() for line in audit.read_text().splitlines()))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_two_ranks_are_one_run(
     command: Callable[..., str],
     small: Sequence[str],
@@ -41,6 +41,7 @@ def test_two_ranks_are_one_run(
     assert_same_curve(tmp_path / "two", tmp_path / "one", rel=1e-4, steps=36)
 
 
+@pytest.mark.long
 def test_without_a_name_there_is_one_folder(command: Callable[..., str], small: Sequence[str], tmp_path: Path) -> None:
     """The second process starts when the first has made the run's folder; it takes that, and does not make another."""
     printed = command("fit", "--recipe", "fp32_sdpa", *small, *DDP)

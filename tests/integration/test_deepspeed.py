@@ -95,7 +95,7 @@ STATES, WEIGHTS = "strategy.offload_optimizer=true", "strategy.offload_parameter
 
 @pytest.mark.parametrize(
     ("stage", "offload"),
-    [(1, ()), (2, ()), (3, ()), (2, (STATES,)), (3, (STATES, WEIGHTS))],
+    [(1, ()), (2, ()), (3, ()), pytest.param(2, (STATES,), marks=pytest.mark.long), (3, (STATES, WEIGHTS))],
     ids=["1", "2", "3", "2-offload", "3-offload"],
 )
 def test_every_stage_trains_what_one_process_does(

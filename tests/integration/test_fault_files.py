@@ -120,7 +120,9 @@ def lose_a_part(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [flip_in_parts, truncate_a_part, lose_a_part])
+@pytest.mark.parametrize(
+    "harm", [flip_in_parts, *(pytest.param(harm, marks=pytest.mark.long) for harm in (truncate_a_part, lose_a_part))]
+)
 def test_a_damaged_checkpoint_in_parts(command: Command, in_parts: Path, harm: Callable[[Path], None]) -> None:
     newest = in_parts / "checkpoints" / "step-00000036.ckpt"
     harm(newest)
@@ -178,7 +180,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [(), ("strategy=ddp", *TWO), SHARDED], ids=["alone", "ddp", "sharded"])
+@pytest.mark.parametrize(
+    "strategy",
+    [(), pytest.param(("strategy=ddp", *TWO), marks=pytest.mark.long), SHARDED],
+    ids=["alone", "ddp", "sharded"],
+)
 def test_a_disk_that_fills_up(
     start: Start, command: Command, small: Sequence[str], small_disk: Path, tmp_path: Path, strategy: tuple[str, ...]
 ) -> None:

@@ -131,7 +131,7 @@ def test_code_that_keeps_the_interpreter(start_with: Start, small: Sequence[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["error:1:14", "error:0:14"])
+@pytest.mark.parametrize("fault", ["error:1:14", pytest.param("error:0:14", marks=pytest.mark.long)])
 def test_an_error_of_one_rank(start_with: Start, small: Sequence[str], fault: str) -> None:
     """The other ends with it, and both say what it was, without a traceback of a broken connection."""
     process = start_with(fault, "--recipe", "fp32_sdpa", *small, *DDP, "run.dir=run")
@@ -142,7 +142,7 @@ def test_an_error_of_one_rank(start_with: Start, small: Sequence[str], fault: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_loss_of_one_rank_that_is_not_a_number(
     start_with: Start, small: Sequence[str], tmp_path: Path, accumulate: int
 ) -> None:

@@ -172,9 +172,13 @@ def test_a_copy_of_the_model_on_each_node(
     ("before", "after"),
     [
         ("fsdp", ("strategy=single", *CPU)),
-        ("fsdp", ("strategy=fsdp", *TWO, "checkpoint.sharded=false", "checkpoint.asynchronous=false")),
+        pytest.param(
+            "fsdp",
+            ("strategy=fsdp", *TWO, "checkpoint.sharded=false", "checkpoint.asynchronous=false"),
+            marks=pytest.mark.long,
+        ),
         ("ddp", ("strategy=fsdp", *TWO)),
-        ("single", ("strategy=fsdp", *TWO, "checkpoint.sharded=true")),
+        pytest.param("single", ("strategy=fsdp", *TWO, "checkpoint.sharded=true"), marks=pytest.mark.long),
     ],
     ids=["parts-single", "parts-file", "ddp-fsdp", "single-parts"],
 )
@@ -226,7 +230,8 @@ def test_parts_become_one_file(runs: Runs, cache: Path, tmp_path: Path) -> None:
     [
         ("int4_sdpa", (), 1e-4),
         pytest.param("lora_sdpa", ("strategy.checkpointing=true",), 1e-4, marks=pytest.mark.long),
-        ("int8_static_sdpa", ("quantization.learn_scales=true",), 2e-2),  # a code that rounds otherwise changes others
+        # A code that rounds otherwise changes others.
+        pytest.param("int8_static_sdpa", ("quantization.learn_scales=true",), 2e-2, marks=pytest.mark.long),
     ],
 )
 def test_quantized_models_train_alike(

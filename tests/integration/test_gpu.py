@@ -40,7 +40,7 @@ LEARNED = (
 
 @pytest.mark.parametrize("variant", [("fp32_sdpa",), ("int8_sdpa",), LEARNED, ("int4_sdpa",)], ids=lambda v: v[-1])
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
-def test_no_step_waits_for_the_gpu(variant: tuple[str, ...], strategy: str, start_with: Start) -> None:
+def test_no_step_waits_for_the_gpu(variant: tuple[str, ...], strategy: str, start_with: Start, tmp_path: Path) -> None:
     """Between two points of TensorBoard nothing asks the GPU for a number, so the host can prepare the next steps."""
     if strategy != "single" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
@@ -52,6 +52,8 @@ def test_no_step_waits_for_the_gpu(variant: tuple[str, ...], strategy: str, star
     process = start_with("waits:6:18", "--recipe", *variant, *words)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
+    noted = [line.split()[1] for line in (tmp_path / "waits.txt").read_text().splitlines()]
+    assert noted == ["True"] * (1 if strategy == "single" else torch.cuda.device_count())
 
 
 def test_the_peak_leaves_out_the_base_that_was_trained_before(tmp_path: Path) -> None:

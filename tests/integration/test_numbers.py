@@ -26,6 +26,13 @@ def fit(command: Command, folder: Path, variant: str) -> dict[str, float]:
     return json.loads((folder / f"{variant}.json").read_text())
 
 
+def test_int8_learns_the_digits(command: Command, tmp_path: Path) -> None:
+    int8 = fit(command, tmp_path, "int8_sdpa")
+    assert int8["top1"] >= 0.95
+    assert int8["weight_bytes"] < 0.3 * int8["fp32_bytes"]
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1500)  # four trainings, of one thread each where tests run side by side
 def test_digits(command: Command, tmp_path: Path) -> None:
     """int8 at least 95 % and within 1 point of fp32; int4, whose base is that same fp32 run, within 2 on one seed.

@@ -21,7 +21,7 @@ from vit_efficient.data.preparation import prepare_source
 from vit_efficient.data.sources.base import Source
 from vit_efficient.data.sources.csv_list import Files
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 Start = Callable[..., subprocess.Popen[str]]
 CALIBRATION = 200
 
@@ -85,7 +85,7 @@ def quantize(start: Start, folder: Path, weights: Path, shards: Path, *words: st
 
 
 @pytest.mark.timeout(TIMEOUT_S + 60)
-@pytest.mark.parametrize("name", [n if n == "static" else pytest.param(n, marks=pytest.mark.long) for n in SCHEMES])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_agreement_with_full_precision(
     name: str, start: Start, tmp_path: Path, shards: Path, shared: Callable[[str], Path]
 ) -> None:

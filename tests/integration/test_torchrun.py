@@ -51,7 +51,9 @@ def steps_of(audit: Path) -> list[tuple[str, str, str]]:
     return sorted((e, s, k) for e, s, _, k in (line.split() for line in audit.read_text().splitlines()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT], ids=["SIGTERM", "SIGINT"]
+)
 def test_two_processes_are_one_run(
     torchrun: Torchrun,
     command: Callable[..., str],

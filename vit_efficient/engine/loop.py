@@ -119,6 +119,11 @@ class RunLoop(L.Callback):
         self.writer.wait()
         self.peak_memory = peak_memory_bytes(pl_module.device)  # here: afterwards Lightning moves the module to the CPU
 
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.clock.train_seconds += now - self._mark
+        self._mark = now
+
     def elapsed(self) -> float:
         """Seconds of this run so far, earlier parts of a resumed run included."""
         return self.clock.seconds + time.monotonic() - self._started
@@ -129,9 +134,7 @@ class RunLoop(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, ViTModule)
-        now = time.monotonic()
-        self.clock.train_seconds += now - self._mark
-        self._mark = now
+        self._count_time()
         assert pl_module.last_loss is not None
         self.losses.add(pl_module)
         self.watch.add(pl_module.last_loss, batch["step"], batch)
@@ -147,6 +150,7 @@ class RunLoop(L.Callback):
         datamodule.mark_step(epoch, step + 1)
         if step + 1 == pl_module.steps_per_epoch or trainer.global_step % self.log_every == 0:
             self.losses.read(trainer.world_size * self.accumulate)
+            self._count_time()  # what the device still had to do
         self.losses.restart()
 
     def settle(self, trainer: L.Trainer, pl_module: ViTModule) -> None:
@@ -214,7 +218,11 @@ class RunLoop(L.Callback):
 
     def save(self, trainer: L.Trainer, *, best: bool = False) -> Path:
         """Write a checkpoint of this moment; on rank 0 name it `last.ckpt` (and `best.ckpt`) and drop old ones."""
-        refuse_non_finite(self.watch, trainer.lightning_module, trainer.global_step, trainer.global_rank)
+        module = trainer.lightning_module
+        assert isinstance(module, ViTModule)
+        refuse_non_finite(self.watch, module, trainer.global_step, trainer.global_rank)
+        if self.position.step < module.steps_per_epoch:  # in an epoch: the steps that the device had not done yet
+            self._count_time()
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._counted = {
             "wait_seconds": self.clock.wait_seconds + data.wait_seconds,

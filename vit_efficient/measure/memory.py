@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from vit_efficient.attention.sdpa import SdpaConfig
 from vit_efficient.errors import CapabilityError
 from vit_efficient.measure import layout as spread
 from vit_efficient.measure.layout import Layout, Weights
@@ -147,11 +148,15 @@ class Plan:
         return outline(self.recipe, self.num_classes)
 
     @property
+    def _plain(self) -> bool:
+        """Whether the blocks' layers are plain linear ones."""
+        return self.recipe.quantization.name == "none" and getattr(self.recipe.quantization, "lora", None) is None
+
+    @property
     def narrow(self) -> torch.dtype | None:
         """The dtype in which blocks are gathered where they are sharded: that of the arithmetic, if they are plain."""
-        plain = self.recipe.quantization.name == "none" and getattr(self.recipe.quantization, "lora", None) is None
         dtype = compute_dtype(self.recipe)
-        return dtype if plain and dtype != torch.float32 else None
+        return dtype if self._plain and dtype != torch.float32 else None
 
     def weights(self, layout: Layout) -> Weights:
         """Sizes; blocks as FSDP gathers them in `narrow`. DeepSpeed gathers them as they are."""
@@ -179,13 +184,19 @@ class Plan:
             prepare_blocks(built.blocks, checkpointing=checkpointing, compile=False)
             with pretending(live := LiveBytes()):
                 pretend(built.model)
-                with WorkCounter() as counter:
+                with WorkCounter(own=self._own_attention()) as counter:
                     taken = step_bytes(
                         built.model, live, images=micro_batch, size=built.image.size,
                         autocast=compute_dtype(self.recipe),
                     )  # fmt: skip
                 self._steps[key] = taken, counter.work
         return self._steps[key]
+
+    def _own_attention(self) -> bool:
+        """Whether blocks are such as have this package's backward pass of attention once compiled (`late_biases`)."""
+        recipe = self.recipe
+        fastest = isinstance(recipe.attention, SdpaConfig) and recipe.attention.kernel == "auto"
+        return self._plain and fastest and recipe.strategy.name != "deepspeed"
 
     def _require_counted(self) -> None:
         name = self.recipe.quantization.name

@@ -33,13 +33,13 @@ DISK = 1e9  # bytes/s to one file, assumed
 def compute_seconds(work: Work, kind: GpuKind, *, compiled: bool, adapted: bool = False) -> float:
     """One device's forward and backward pass: what the arithmetic takes, or what launching it takes.
 
-    ``max(P / R + A / R_A + traffic / B, launches * t)``, with the products P at the rate of their dtype.
-    On Hopper compiled attention is taken to have this package's backward pass, which is of up to 256 tokens.
+    ``max(P / R + h A / R_A + f traffic / B + c, launches * t)``, with the products P at the rate of their dtype;
+    h is OWN for short attention compiled on Hopper, f is FUSED where compiled, and both are 1 elsewhere.
     """
     products = work.half / kind.half + work.full / kind.full + work.int8 / kind.int8
     traffic = work.traffic / (kind.copy * EAGER) * (FUSED if compiled else 1.0)
     own = compiled and kind.capability[0] == 9  # `model/late_bias.py`
-    attention = work.attention / kind.attention * (OWN if own else 1.0)
+    attention = (work.attention - (1 - OWN) * work.short * own) / kind.attention
     busy = products + attention + traffic + STEP / kind.half
     return max(busy, 0.0 if compiled else work.launches * (ADAPTED if adapted else LAUNCH))
 

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from vit_efficient.kernels.attention_gradient.op import fits
+
 # Operations that move nothing.
 VIEWS = frozenset(
     [
@@ -57,6 +59,7 @@ class Work:
         attention: those inside the attention kernel.
         traffic: bytes that everything else reads and writes, each operation for itself.
         launches: kernels.
+        short: of `attention`, what this package has a backward pass of its own for (`kernels/attention_gradient`).
     """
 
     half: float = 0
@@ -65,6 +68,7 @@ class Work:
     attention: float = 0
     traffic: float = 0
     launches: float = 0
+    short: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
@@ -74,30 +78,34 @@ class Work:
 
     def parts(self) -> tuple[float, ...]:
         """In the order of the fields."""
-        return (self.half, self.full, self.int8, self.attention, self.traffic, self.launches)
+        return (self.half, self.full, self.int8, self.attention, self.traffic, self.launches, self.short)
 
 
 class WorkCounter(TorchDispatchMode):
-    """Adds up the work of the operations that pass. Multiply-adds count twice, as everywhere."""
+    """Adds up the work of the operations that pass. Multiply-adds count twice, as everywhere.
 
-    def __init__(self) -> None:
+    Args:
+        own: whether attention has this package's backward pass where that one fits.
+    """
+
+    def __init__(self, *, own: bool = False) -> None:
         super().__init__()
-        self.work = Work()
+        self.work, self._own = Work(), own
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.work += _of(func, args, kwargs or {}, result)
+        self.work += _of(func, args, kwargs or {}, result, self._own)
         return result
 
 
-def _of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Work:
+def _of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, own: bool) -> Work:
     name = func._schema.name.split("::")[-1]
     if name in VIEWS or func._schema.name.startswith("prim::"):
         return Work()
     if name.startswith(SDPA):
-        return _attention(args, backward="backward" in name)
+        return _attention(args, own, backward="backward" in name)
     operations = _operations(func, name, args, kwargs, result)
     if operations is not None:
         return Work(**{_arithmetic(args): operations}, launches=1)
@@ -121,10 +129,12 @@ def _arithmetic(args: tuple[Any, ...]) -> str:
     return "int8" if torch.int8 in dtypes else "full"
 
 
-def _attention(args: tuple[Any, ...], *, backward: bool) -> Work:
+def _attention(args: tuple[Any, ...], own: bool, *, backward: bool) -> Work:
     """FlashAttention's own count: 4 B H N^2 E forward, two and a half times that backward (arXiv:2307.08691)."""
     query = args[1] if backward else args[0]
     key = args[2] if backward else args[1]
     batch, heads, tokens, width = query.shape
     forward = 4.0 * batch * heads * tokens * key.shape[-2] * width
-    return Work(attention=2.5 * forward if backward else forward, launches=1 if not backward else 3)
+    operations = 2.5 * forward if backward else forward
+    short = operations if own and fits(query) else 0.0
+    return Work(attention=operations, launches=1 if not backward else 3, short=short)

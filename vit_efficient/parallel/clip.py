@@ -34,7 +34,7 @@ def _norm(gradients: Sequence[Any], local: Sequence[Tensor] | None) -> Tensor:
 
 
 def _local(gradients: Sequence[Any]) -> list[Tensor] | None:
-    """This rank's parts, views; None where gradients are not all sharded alike."""
+    """This rank's parts themselves, no copies; None where gradients are not all sharded alike."""
     layouts = {(g.device_mesh, g.placements) if hasattr(g, "device_mesh") else None for g in gradients}
     if len(layouts) != 1 or None in layouts:
         return None

@@ -14,7 +14,7 @@ from vit_efficient.measure.forecast import Forecast, forecast
 from vit_efficient.measure.gpus import H200, KINDS, GpuKind, gpu_kind, kind_of
 from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.memory import Plan
-from vit_efficient.measure.scaling import all_reduce, collective_seconds, gather, ring, step_time, tree
+from vit_efficient.measure.scaling import all_reduce, collective_seconds, compute_seconds, gather, ring, step_time, tree
 from vit_efficient.measure.scaling_plot import draw, scaling_figure
 from vit_efficient.measure.work import Work
 from vit_efficient.recipe.load import load_recipe
@@ -28,7 +28,8 @@ NARROW = 2 * 304_326_632  # bytes of it as FSDP2 gathers it
 
 def of_images(images: int, half: float, full: float, traffic: float, launches: int) -> Work:
     """ViT-L/16's counts for an image, in 10^9 (test_counts holds them against a count)."""
-    return Work(half * GIGA * images, full * GIGA * images, 0, 13.35 * GIGA * images, traffic * GIGA * images, launches)
+    attention = 13.35 * GIGA * images
+    return Work(half * GIGA * images, full * GIGA * images, 0, attention, traffic * GIGA * images, launches)
 
 
 def mixed(images: int) -> Work:
@@ -37,7 +38,8 @@ def mixed(images: int) -> Work:
 
 def subset(images: int, traffic: float) -> Work:
     """Of a step that leaves out what stochastic depth drops, at its rate of 0.2."""
-    return Work(321.3 * GIGA * images, 0, 0, 12.0 * GIGA * images, traffic * GIGA * images, 1722)
+    attention = 12.0 * GIGA * images
+    return Work(321.3 * GIGA * images, 0, 0, attention, traffic * GIGA * images, 1722, short=attention)
 
 
 def narrow(images: int) -> Work:
@@ -65,16 +67,15 @@ OWN = [
     ("FSDP2 on two", subset(128, 1.377), 128, Layout("fsdp", 2), 1220),
 ]
 WAITS = 7e-3  # of a step of the plain loops, for the host
-BEFORE_HOPPER = replace(H200, capability=(8, 0))  # has SDPA's backward pass
 
 
-def seconds(work: Work, images: int, layout: Layout, compiled: bool, kind: GpuKind = H200) -> float:
-    return step_time(work, layout, VIT_L, kind, images=images, compiled=compiled, gathered=NARROW, blocks=24).seconds
+def seconds(work: Work, images: int, layout: Layout, compiled: bool) -> float:
+    return step_time(work, layout, VIT_L, H200, images=images, compiled=compiled, gathered=NARROW, blocks=24).seconds
 
 
 @pytest.mark.parametrize(("name", "work", "images", "layout", "compiled", "measured"), PLAIN, ids=lambda v: str(v)[:24])
 def test_plain_loops(name: str, work: Work, images: int, layout: Layout, compiled: bool, measured: float) -> None:
-    step = seconds(work, images, layout, compiled, BEFORE_HOPPER) + WAITS
+    step = seconds(work, images, layout, compiled) + WAITS
     assert images / step == pytest.approx(measured, rel=0.07)
 
 
@@ -121,6 +122,36 @@ def test_few_cores_make_the_gpu_wait() -> None:
     slow, fast = (step_time(mixed(128), Layout(), VIT_L, H200, images=128, compiled=True, cores=n) for n in (1, 8))
     assert fast.waiting == 0
     assert slow.seconds == pytest.approx(128 / 600)
+
+
+def test_short_attention_is_faster_on_hopper_compiled_alone() -> None:
+    work = subset(128, 1.406)
+    ampere = replace(H200, capability=(8, 0))
+    slow = compute_seconds(replace(work, short=0), H200, compiled=True)
+    assert slow - compute_seconds(work, H200, compiled=True) == pytest.approx(0.4 * work.attention / H200.attention)
+    assert compute_seconds(work, ampere, compiled=True) == slow
+    eager = (compute_seconds(one, H200, compiled=False) for one in (work, replace(work, short=0)))
+    assert len(set(eager)) == 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "words", "short"),
+    [
+        ("fp32_sdpa", ("quantization.precision=bf16",), True),
+        ("fp32_sdpa", ("quantization.precision=bf16", "model.image_size=136"), False),
+        ("fp32_sdpa", ("quantization.precision=bf16", "model.kwargs.num_heads=2"), False),
+        ("fp32_sdpa", ("quantization.precision=bf16", "attention.kernel=efficient"), False),
+        ("fp32_sdpa", ("quantization.precision=fp32",), False),
+        ("int8_sdpa", ("quantization.precision=bf16",), False),
+        ("lora_sdpa", ("quantization.precision=bf16",), False),
+    ],
+    ids=["digits", "too long", "too wide", "another kernel", "fp32", "int8", "lora"],
+)
+def test_which_attention_counts_as_short(variant: str, words: tuple[str, ...], short: bool) -> None:
+    """What `model/late_bias.py` takes: plain layers, SDPA's fastest kernel, 16 bits, 256 tokens, heads of 32 or 64."""
+    _, work = Plan(load_recipe(variant, words).recipe, 10).count(2, checkpointing=False, narrow=False)
+    assert work.attention > 0
+    assert work.short == (work.attention if short else 0)
 
 
 def test_counts() -> None:
