@@ -30,7 +30,7 @@ KILLS := tests/integration/test_faults.py tests/integration/test_fault_files.py 
 RANKS := tests/integration/test_ddp.py tests/integration/test_fsdp.py tests/integration/test_fsdp_layers.py \
   tests/integration/test_deepspeed.py
 TIMED := timeout --foreground --verbose --signal=INT --kill-after=30s
-MANY := $(PY) -m pytest -q -n $(JOBS) --durations=5
+MANY := $(PY) -m pytest -q -n $(JOBS) --durations=12
 
 # If there are $(1) minutes until then, $(2).
 IF_TIME = @if [ $$(( ($${UNTIL:-4102444800} - $$(date +%s)) / 60 )) -ge $(1) ]; then set -x; $(2); \
@@ -45,7 +45,7 @@ test-runs: $(VENV)/.ready
 	$(TIMED) 40m $(MANY) --dist loadfile -m 'not slow' tests/integration $(ARGS)
 
 test-slurm: $(VENV)/.ready
-	$(TIMED) 30m $(PY) -m pytest -q --durations=5 -m 'not long' tests/slurm $(ARGS)
+	$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS)
 
 test-kills: $(VENV)/.ready
 	$(call IF_TIME,20,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(KILLS) $(ARGS))
