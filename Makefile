@@ -45,7 +45,7 @@ test-runs: $(VENV)/.ready
 	$(TIMED) 40m $(MANY) --dist loadfile -m 'not slow' tests/integration $(ARGS)
 
 test-slurm: $(VENV)/.ready
-	$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS)
+	$(call IF_TIME,20,$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS))
 
 test-kills: $(VENV)/.ready
 	$(call IF_TIME,20,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(KILLS) $(ARGS))
