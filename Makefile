@@ -20,7 +20,7 @@ fit: $(VENV)/.ready
 	$(PY) -m vit_efficient.fit --recipe $(RECIPE) $(ARGS)
 
 # Fast groups first, JOBS tests at a time, each with OMP_NUM_THREADS threads; one Slurm cluster, so one test at a time.
-# Each group has a budget, about four times what it takes on two idle cores; a group that exceeds it fails, and so does
+# Each group has a budget, three to four times what it takes on two idle cores; a group that exceeds it fails, and so does
 # a test that takes ten minutes (`timeout` in pyproject.toml). Tests of a file share what they made once (`loadfile`).
 # CI, which is ended at a given time, sets UNTIL (seconds since 1970): on a slow machine the last groups, which could not
 # end by then, are left out, and said to be.
@@ -45,16 +45,16 @@ test-runs: $(VENV)/.ready
 	$(TIMED) 40m $(MANY) --dist loadfile -m 'not slow' tests/integration $(ARGS)
 
 test-slurm: $(VENV)/.ready
-	$(call IF_TIME,20,$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS))
+	$(call IF_TIME,22,$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS))
 
 test-kills: $(VENV)/.ready
 	$(call IF_TIME,20,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(KILLS) $(ARGS))
 
 test-ranks: $(VENV)/.ready
-	$(call IF_TIME,20,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(RANKS) $(ARGS))
+	$(call IF_TIME,22,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(RANKS) $(ARGS))
 
 test-rest: $(VENV)/.ready
-	$(call IF_TIME,15,$(TIMED) 30m $(MANY) -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
+	$(call IF_TIME,20,$(TIMED) 30m $(MANY) -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
 	  $(addprefix --ignore=,$(KILLS) $(RANKS)) $(ARGS))
 
 # What CI leaves out; the last results are in docs/faults.md.
