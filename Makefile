@@ -45,16 +45,16 @@ test-runs: $(VENV)/.ready
 	$(TIMED) 40m $(MANY) --dist loadfile -m 'not slow' tests/integration $(ARGS)
 
 test-slurm: $(VENV)/.ready
-	$(call IF_TIME,22,$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS))
+	$(call IF_TIME,24,$(TIMED) 30m $(PY) -m pytest -q --durations=12 -m 'not long' tests/slurm $(ARGS))
 
 test-kills: $(VENV)/.ready
-	$(call IF_TIME,20,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(KILLS) $(ARGS))
+	$(call IF_TIME,26,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(KILLS) $(ARGS))
 
 test-ranks: $(VENV)/.ready
-	$(call IF_TIME,22,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(RANKS) $(ARGS))
+	$(call IF_TIME,26,$(TIMED) 30m $(MANY) --dist loadfile -m '$(SLOW)' $(RANKS) $(ARGS))
 
 test-rest: $(VENV)/.ready
-	$(call IF_TIME,20,$(TIMED) 30m $(MANY) -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
+	$(call IF_TIME,24,$(TIMED) 30m $(MANY) -m '$(SLOW)' tests/unit tests/recipes tests/kernels tests/integration \
 	  $(addprefix --ignore=,$(KILLS) $(RANKS)) $(ARGS))
 
 # What CI leaves out; the last results are in docs/faults.md.
