@@ -42,8 +42,7 @@ def narrow(recipe: Recipe) -> torch.dtype | None:
     Only plain layers: autocast would round their weights to that dtype anyway. What is quantized in each forward, and
     learned ranges, must be what the deployed model is made of; the frozen base of adapters is narrow already.
     """
-    plain = recipe.quantization.name == "none" and recipe.quantization.lora is None
-    return compute_dtype(recipe) if plain and recipe.quantization.precision != "fp32" else None
+    return compute_dtype(recipe) if recipe.plain and recipe.quantization.precision != "fp32" else None
 
 
 def accumulate(recipe: Recipe) -> int:

@@ -21,7 +21,7 @@ from vit_efficient.measure.layout import Layout, Weights
 from vit_efficient.measure.live import LiveBytes, storage_bytes
 from vit_efficient.measure.step_bytes import StepBytes, step_bytes
 from vit_efficient.measure.work import Work, WorkCounter
-from vit_efficient.model.build import Built, compute_dtype
+from vit_efficient.model.build import Built, compute_dtype, may_be_late
 from vit_efficient.model.pretend import outline, pretend, pretending
 from vit_efficient.parallel.order import gathered, prepare_blocks, stays_gathered, units
 from vit_efficient.recipe.schema import Recipe
@@ -148,15 +148,10 @@ class Plan:
         return outline(self.recipe, self.num_classes)
 
     @property
-    def _plain(self) -> bool:
-        """Whether the blocks' layers are plain linear ones."""
-        return self.recipe.quantization.name == "none" and getattr(self.recipe.quantization, "lora", None) is None
-
-    @property
     def narrow(self) -> torch.dtype | None:
         """The dtype in which blocks are gathered where they are sharded: that of the arithmetic, if they are plain."""
         dtype = compute_dtype(self.recipe)
-        return dtype if self._plain and dtype != torch.float32 else None
+        return dtype if self.recipe.plain and dtype != torch.float32 else None
 
     def weights(self, layout: Layout) -> Weights:
         """Sizes; blocks as FSDP gathers them in `narrow`. DeepSpeed gathers them as they are."""
@@ -194,9 +189,8 @@ class Plan:
 
     def _own_attention(self) -> bool:
         """Whether blocks are such as have this package's backward pass of attention once compiled (`late_biases`)."""
-        recipe = self.recipe
-        fastest = isinstance(recipe.attention, SdpaConfig) and recipe.attention.kernel == "auto"
-        return self._plain and fastest and recipe.strategy.name != "deepspeed"
+        attention = self.recipe.attention
+        return may_be_late(self.recipe) and isinstance(attention, SdpaConfig) and attention.kernel == "auto"
 
     def _require_counted(self) -> None:
         name = self.recipe.quantization.name

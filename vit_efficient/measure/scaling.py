@@ -38,8 +38,8 @@ def compute_seconds(work: Work, kind: GpuKind, *, compiled: bool, adapted: bool 
     """
     products = work.half / kind.half + work.full / kind.full + work.int8 / kind.int8
     traffic = work.traffic / (kind.copy * EAGER) * (FUSED if compiled else 1.0)
-    own = compiled and kind.capability[0] == 9  # `model/late_bias.py`
-    attention = (work.attention - (1 - OWN) * work.short * own) / kind.attention
+    own = work.short if compiled and kind.capability[0] == 9 else 0.0  # `model/late_bias.py`
+    attention = (work.attention - own + OWN * own) / kind.attention
     busy = products + attention + traffic + STEP / kind.half
     return max(busy, 0.0 if compiled else work.launches * (ADAPTED if adapted else LAUNCH))
 

@@ -143,7 +143,11 @@ def prepare_training(built: Built, recipe: Recipe) -> None:
         built: of `build_model`.
         recipe: resolved; its strategy says whether blocks are compiled and recomputed.
     """
-    compiled, plain = recipe.strategy.compile, recipe.quantization.name == "none" and recipe.quantization.lora is None
-    if compiled and plain and recipe.strategy.name != "deepspeed":  # ZeRO 3 gathers parameters layer by layer
+    if recipe.strategy.compile and may_be_late(recipe):
         late_biases(built.model)
-    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=compiled)
+    prepare_blocks(built.blocks, checkpointing=recipe.strategy.checkpointing, compile=recipe.strategy.compile)
+
+
+def may_be_late(recipe: Recipe) -> bool:
+    """Whether a model has `late_biases` if its blocks are compiled. ZeRO 3 gathers parameters layer by layer."""
+    return recipe.plain and recipe.strategy.name != "deepspeed"

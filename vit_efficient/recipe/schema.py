@@ -146,3 +146,8 @@ class Recipe(Config):
     strategy: StrategyConfig = Field(default_factory=AutoConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the blocks' linear layers are PyTorch's own: nothing is quantized, and there are no adapters."""
+        return self.quantization.name == "none" and self.quantization.lora is None

@@ -141,11 +141,12 @@ def test_short_attention_is_faster_on_hopper_compiled_alone() -> None:
         ("fp32_sdpa", ("quantization.precision=bf16", "model.image_size=136"), False),
         ("fp32_sdpa", ("quantization.precision=bf16", "model.kwargs.num_heads=2"), False),
         ("fp32_sdpa", ("quantization.precision=bf16", "attention.kernel=efficient"), False),
+        ("fp32_sdpa", ("quantization.precision=bf16", "strategy=deepspeed"), False),
         ("fp32_sdpa", ("quantization.precision=fp32",), False),
         ("int8_sdpa", ("quantization.precision=bf16",), False),
         ("lora_sdpa", ("quantization.precision=bf16",), False),
     ],
-    ids=["digits", "too long", "too wide", "another kernel", "fp32", "int8", "lora"],
+    ids=["digits", "too long", "too wide", "another kernel", "zero", "fp32", "int8", "lora"],
 )
 def test_which_attention_counts_as_short(variant: str, words: tuple[str, ...], short: bool) -> None:
     """What `model/late_bias.py` takes: plain layers, SDPA's fastest kernel, 16 bits, 256 tokens, heads of 32 or 64."""
